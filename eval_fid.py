@@ -1,0 +1,449 @@
+"""Metrics of generated images against real ones: Frechet distance (FID), Inception Score, precision and recall.
+
+    d^2 = |m_1 - m_2|^2 + tr C_1 + tr C_2 - 2 tr (C_1^1/2 C_2 C_1^1/2)^1/2      of Gaussians fitted to features
+
+    python eval_fid.py samples/meanflow_1.npz --reference VIRTUAL_imagenet256_labeled.npz   # as the ADM suite
+    python eval_fid.py samples/meanflow_1.npz --reference data/val --features dinov2        # FD-DINOv2
+    torchrun --nproc_per_node=8 eval_fid.py samples/meanflow_1.npz --reference ...          # on eight GPUs
+    python eval_fid.py --reference data/val --save-statistics val.safetensors               # a reference for later
+
+Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 1904.06991 (precision, recall), 2306.04675 (FD-DINOv2).
+What each number is, and whose numbers it may stand beside: docs/EVALUATION.md.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+import urllib.request
+import warnings
+import zlib
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    InputError,
+    command,
+    digest_of,
+    provenance,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+K = 3                                                         # neighbours of precision and recall (ADM)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics of feature arrays
+# ----------------------------------------------------------------------------------------------------------------------
+class Moments:
+    """Count, mean (D,) and unbiased covariance (D, D) of features seen in parts, in float64 on the features' device.
+
+    `update` takes features (B, D), `merge` the Moments of another process. The sums S of outer products about the mean
+    join as S_a + S_b + (m_b - m_a)(m_b - m_a)^T n_a n_b / n (Chan et al. 1979), in which nothing cancels."""
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
+
+    def update(self, features):
+        mean = features.double().mean(0)
+        centred = features.double() - mean
+        return self._join(len(features), mean, centred.T @ centred)
+
+    def merge(self, other):
+        return self._join(other.count, other.mean, other.scatter) if other.count else self
+
+    def _join(self, count, mean, scatter):
+        delta, total = mean - self.mean.to(mean), self.count + count
+        self.scatter = scatter + self.scatter.to(scatter) + torch.outer(delta, delta) * (self.count * count / total)
+        self.count, self.mean = total, self.mean.to(mean) + delta * (count / total)
+        return self
+
+    @property
+    def covariance(self):
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(mean_1, cov_1, mean_2, cov_2):
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6) from (D,), (D, D), (D,), (D, D),
+    tensors or arrays -> float >= 0.
+
+    Its last trace is the sum of the roots of a symmetric matrix's eigenvalues; these roots are the singular values of
+    C_1^1/2 C_2^1/2. Taken as such they are real, and keep the digits that squaring would cost where a covariance is
+    singular. Eigenvalues of a covariance that rounding cannot tell from 0 count as 0, and a warning names the rank.
+    InputError where shapes disagree, a value is not finite or a `cov` is no covariance."""
+    moments = [torch.as_tensor(x).double() for x in (mean_1, cov_1, mean_2, cov_2)]
+    mean_1, cov_1, mean_2, cov_2 = moments
+    if mean_1.dim() != 1 or mean_2.shape != mean_1.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
+        raise InputError(f"moments of shapes {[tuple(x.shape) for x in moments]} do not fit: use the same features")
+    if not all(x.isfinite().all() for x in moments):
+        raise InputError("a mean or covariance is not finite: it is of fewer than 2 images, or its file is damaged")
+    roots = []
+    for number, cov in enumerate((cov_1, cov_2), 1):
+        values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+        largest = values.abs().max()
+        if values[0] < -1e-4 * largest or (cov - cov.T).abs().max() > 1e-4 * largest:  # files in float32: 1e-6
+            raise InputError(f"covariance {number} is not symmetric with eigenvalues >= 0: get an undamaged file")
+        kept = values > largest * len(values) * torch.finfo(torch.float64).eps
+        if not kept.all():
+            warnings.warn(f"covariance {number} is singular: rank {kept.sum()} of {len(values)}", stacklevel=2)
+        roots.append(vectors[:, kept] * values[kept].sqrt())                             # C = R R^T
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    return max(0.0, ((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item())
+
+
+def precision_recall(real, fake, k=K, block=2048):
+    """Improved precision and recall (arXiv 1904.06991) as ADM counts: features (N, D), (M, D) -> two floats in [0, 1].
+
+    A set's manifold: the balls around its points, each as far as the point's k-th nearest other one, border included.
+    Precision is the part of `fake` in the manifold of `real`, recall the part of `real` in that of `fake`. Float64, on
+    the features' device, `block` x `block` distances at a time. InputError where a set has no k + 1 points."""
+    if min(len(real), len(fake)) <= k:
+        raise InputError(f"precision and recall need at least {k + 1} images a side, here {len(real)} and {len(fake)}")
+    centre = real.double().mean(0)                            # where |a|^2 + |b|^2 - 2 a b cancels least
+
+    def squared_distances(a, b):
+        a, b = a.double() - centre, b.double() - centre
+        norms = a.square().sum(1)[:, None] + b.square().sum(1)
+        return torch.addmm(norms, a, b.T, alpha=-2), 1e-13 * norms                # and what rounding may do to them
+
+    def squared_radii(x):                                     # the k + 1 st smallest: a point's nearest is itself
+        nearest = [torch.cat([squared_distances(a, b)[0].topk(min(k + 1, len(b)), largest=False).values
+                              for b in x.split(block)], 1) for a in x.split(block)]
+        return torch.cat(nearest).topk(k + 1, largest=False).values[:, k]
+
+    of_real, of_fake = squared_radii(real).split(block), squared_radii(fake).split(block)
+    in_real, in_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
+    for a, radii_a, a_is_in in zip(real.split(block), of_real, in_fake.split(block), strict=True):
+        for b, radii_b, b_is_in in zip(fake.split(block), of_fake, in_real.split(block), strict=True):
+            distances, rounding = squared_distances(a, b)
+            distances -= rounding                             # so that ties count, as in exact arithmetic
+            b_is_in |= (distances <= radii_a[:, None]).any(0)                     # views of in_real, in_fake
+            a_is_in |= (distances <= radii_b).any(1)
+    return in_real.double().mean().item(), in_fake.double().mean().item()
+
+
+def inception_score(probabilities, split_size=5000):
+    """exp(mean KL(p(y|x) || p(y))) (arXiv 1606.03498), averaged over consecutive splits as in ADM, p(y) a split's mean:
+    (N, classes), rows that sum to 1 -> float in [1, classes]. What does not fill a split is a split of its own."""
+    return torch.stack([(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp()
+                        for p in probabilities.double().split(split_size)]).mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images: len(), image_size, __getitems__(consecutive indices) -> uint8 (B, 3, S, S), labels
+# ----------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def complaint(what, hint):
+    """What reading a damaged or foreign file may end in becomes an InputError: `what` (the reason): `hint`."""
+    try:
+        yield
+    except (OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, BadZipFile,
+            zlib.error) as error:
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise InputError(f"{what} ({reason[-1]}): {hint}") from error
+
+
+class NpzImages:
+    """`arr_0` of an .npz, streamed out of its member of the zip: 50,000 images of 256 px are 10 GB, a batch is not."""
+    def __init__(self, path):
+        self.path = path
+        with complaint(f"{path} is not a readable .npz with arr_0", "make or download it again"):
+            archive = ZipFile(path)
+            self.member = archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(self.member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, fortran, dtype = read(self.member)
+            self.start, self.row = self.member.tell(), int(np.prod(self.shape[1:]))
+            length = archive.getinfo("arr_0.npy").file_size
+        if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[1:] != (self.shape[1], self.shape[1], 3):
+            raise InputError(f"{path}: arr_0 is {dtype} {self.shape}{' in Fortran order' * fortran}, and must be uint8 "
+                             "(N, S, S, 3) in C order: write it as sample.py does")
+        if length != self.start + len(self) * self.row:
+            raise InputError(f"{path}: arr_0 is not as long as its header says: make or download it again")
+        self.image_size = self.shape[1]
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitems__(self, indices):
+        with complaint(f"{self.path} is damaged", "make or download it again"):
+            self.member.seek(self.start + indices[0] * self.row)
+            data = np.frombuffer(self.member.read(len(indices) * self.row), np.uint8)
+            return torch.from_numpy(data.reshape(len(indices), *self.shape[1:]).transpose(0, 3, 1, 2).copy()), None
+
+
+def open_images(path, size):
+    """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does (None: all have one size)."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: give an .npz, a folder or a .zip (python sample.py makes samples)")
+    if Path(path).suffix == ".npz":
+        return NpzImages(path)
+    from encode_latents import Images
+    images = Images(path, size)
+    if size is None:
+        from PIL import Image
+        with complaint(f"{path} holds a file that is no image", "replace or remove it"):
+            sizes = {Image.open(images.open(name)).size for name in images.paths}
+        if len(sizes) > 1 or len(set(min(sizes))) > 1:
+            raise InputError(f"{path} has images of {min(sizes)} to {max(sizes)} pixels: samples must be square and of "
+                             "one size, and a reference is brought to one by --image-size")
+        images.image_size = min(sizes)[0]
+    return images
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Feature networks: -> what it is, and functions of uint8 images (B, 3, S, S): features (B, D), probabilities or None
+# ----------------------------------------------------------------------------------------------------------------------
+def inception(path, digest, device):
+    """A TorchScript file with the interface of NVIDIA's inception-2015-12-05.pt, which is the TensorFlow network of the
+    original FID and takes images of any size; by default that file, put into torch's cache on first use by rank 0."""
+    if not path:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
+        if not path.exists() and rank_and_world()[0] == 0:
+            with complaint(f"cannot fetch {INCEPTION_URL}", "get it elsewhere and give it as --inception PATH"):
+                with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer:
+                    print(f"fetching {INCEPTION_URL} ({answer.headers['Content-Length']} bytes) to {path}", flush=True)
+                    data = answer.read()
+            write_atomically(path, lambda beside: beside.write_bytes(data))
+        if dist.is_initialized():
+            dist.barrier()
+    sha256 = file_digest(path)
+    if digest and digest.lower() != sha256:
+        raise InputError(f"{path} has sha256 {sha256}, which is not --digest: get the file you mean")
+    with complaint(f"{path} is no TorchScript file", "give one with the interface of inception-2015-12-05.pt"):
+        net = torch.jit.load(path, map_location=device).eval()
+    return ({"name": "Inception (TorchScript)", "file": str(path), "sha256": sha256},
+            lambda images: net(images, return_features=True), lambda images: net(images, no_output_bias=True))
+
+
+def dinov2(source, device):
+    """CLS token after the last LayerNorm of a DINOv2 ViT, at 224 px by Pillow's bicubic, as dgm-eval (2306.04675)."""
+    from PIL import Image
+    from transformers import AutoConfig, AutoModel
+    with complaint(f"--features {source}: not inception, dinov2 or encoder:SPEC, and no DINOv2 by this name",
+                   "give one of these, or a DINOv2's folder or Hub id"):
+        if AutoConfig.from_pretrained(source).model_type not in ("dinov2", "dinov2_with_registers"):
+            raise ValueError("another kind of network")
+        net = AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+
+    def features(images):
+        resized = [np.array(Image.fromarray(x).resize((224, 224), Image.Resampling.BICUBIC))
+                   for x in images.permute(0, 2, 3, 1).cpu().numpy()]
+        x = torch.from_numpy(np.stack(resized)).to(device).permute(0, 3, 1, 2) / 255
+        return net(pixel_values=(x - mean) / std).last_hidden_state[:, 0]
+    return {"name": "DINOv2", "source": source, "sha256": digest_of(net.state_dict())}, features, None
+
+
+def frozen_encoder(source, size, encoder_size, device):
+    """The encoder of our own networks, its tokens averaged over the grid."""
+    from encode_latents import Encoder
+    net = Encoder(source, size, encoder_size).eval().to(device)
+    name = "RANDOM encoder (untrained)" if source.startswith("random:") else "encoder"
+    return {"name": name, **net.describe()}, lambda images: net(images).mean((2, 3)), None
+
+
+def load_features(args, size, device):
+    """The one of these that --features names, tried on two blank images."""
+    if args.features == "inception":
+        about, features, probabilities = inception(args.inception, args.digest, device)
+    elif args.features.startswith("encoder:"):
+        about, features, probabilities = frozen_encoder(args.features[8:], size, args.encoder_size, device)
+    else:
+        source = {"dinov2": "facebook/dinov2-large"}.get(args.features, args.features)
+        about, features, probabilities = dinov2(source, device)
+    blank = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
+    with torch.no_grad(), complaint(f"{about['name']} does not answer as it should",
+                                    "a TorchScript file needs the interface of inception-2015-12-05.pt"):
+        f, p = features(blank), probabilities(blank) if probabilities else torch.ones(2, 1)
+        if not f.dim() == p.dim() == 2 or not len(f) == len(p) == 2 or ((p.sum(1) - 1).abs() > 1e-3).any():
+            raise ValueError(f"features {tuple(f.shape)} and probabilities {tuple(p.shape)} of 2 images")
+    return {**about, "width": f.shape[1]}, features, probabilities
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From images or files to statistics: mean, covariance, features, probabilities, and `about`, what they are of
+# ----------------------------------------------------------------------------------------------------------------------
+def file_digest(path):
+    digest = hashlib.sha256()
+    with complaint(f"cannot read {path}", "check the path"), open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def measure(images, network, kept, micro_batch, device):
+    """Moments of all images' features, features of `kept` of them evenly spread, probabilities if the network has any.
+    Each process takes consecutive images, for the Inception Score's splits go by order. None beside rank 0."""
+    from tqdm import tqdm
+    (_, embed, classify), (rank, world), count = network, rank_and_world(), len(images)
+    start, stop = rank * count // world, (rank + 1) * count // world
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[torch.arange(kept) * count // max(kept, 1)] = True
+    moments, features, probabilities, digests = Moments(), [], [], []
+    for i in tqdm(range(start, stop, micro_batch), unit="batch", disable=rank > 0 or not sys.stderr.isatty()):
+        rows = range(i, min(i + micro_batch, stop))
+        batch = images.__getitems__(rows)[0]
+        digests += [hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).digest() for image in batch]
+        batch = batch.to(device)
+        with torch.no_grad():
+            f = embed(batch).float()
+            probabilities += [classify(batch).float().cpu()] if classify else []
+        if not f.isfinite().all():
+            raise InputError(f"features of images {i} to {rows[-1]} are not finite: the network's file is damaged")
+        moments.update(f)
+        features.append(f.cpu()[keep[rows.start:rows.stop]])
+    moments.mean, moments.scatter = moments.mean.cpu(), moments.scatter.cpu()
+    part = moments, features, probabilities, digests
+    parts = [part] if world == 1 else [None] * world if rank == 0 else None
+    if world > 1:
+        dist.gather_object(part, parts)
+    if rank > 0:
+        return None
+    for other in parts[1:]:
+        moments.merge(other[0])
+    features, probabilities, digests = (sum((part[i] for part in parts), []) for i in (1, 2, 3))
+    about = {"count": count, "image_size": images.image_size,                     # the same pixels in any kind of file:
+             "pixels_sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
+    return SimpleNamespace(mean=moments.mean, covariance=moments.covariance, features=torch.cat(features), about=about,
+                           probabilities=torch.cat(probabilities) if classify else None)
+
+
+def open_reference(args, samples):
+    """-> images or None, (mu, sigma) or None, statistics of ours or None. ADM's references hold mu and sigma of the
+    Inception features of ImageNet's whole training set, and 10,000 of its images, for precision and recall."""
+    path, moments, has_images = Path(args.reference), None, True
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_tensors(path)
+        if "about" not in metadata or not {"mean", "covariance", "features"} <= tensors.keys():
+            raise InputError(f"{path} has no statistics: eval_fid.py --reference IMAGES --save-statistics makes them")
+        return None, None, SimpleNamespace(**tensors, about=json.loads(metadata["about"]))
+    if path.suffix == ".npz" and path.exists():
+        with complaint(f"{path} is not a readable .npz", "make or download it again"):
+            file = np.load(path, allow_pickle=False)
+            has_images = "arr_0" in file.files
+            if "mu" in file.files and args.features == "inception":
+                moments = [torch.from_numpy(file[name]).double() for name in ("mu", "sigma")]
+    if not has_images and not moments:
+        raise InputError(f"{path} has no arr_0, and mu, sigma serve --features inception only: give images")
+    size = args.image_size or samples and samples.image_size
+    return open_images(path, size) if has_images else None, moments, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("samples", nargs="?", help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images of one size")
+    add("--reference", required=True, help=".npz of images or of ADM's mu and sigma, a folder or .zip of images, or a "
+        "file of --save-statistics")
+    add("--features", default="inception", help="inception, dinov2 (facebook/dinov2-large), another DINOv2's Hub id or "
+        "folder, or encoder:SPEC with SPEC as --encoder of encode_latents.py (default %(default)s: FID)")
+    add("--inception", metavar="PATH", help=f"TorchScript file (default: {INCEPTION_URL}, fetched once)")
+    add("--digest", metavar="SHA256", help="what the TorchScript file must have (default: any; it is printed)")
+    add("--out", metavar="FILE", help="JSON of the results (default: SAMPLES with the suffix .metrics.json)")
+    add("--save-statistics", metavar="FILE", help="keep the reference's statistics, .safetensors; needs no SAMPLES")
+    add("--pr-images", type=int, default=10_000, metavar="N", help="images of the reference, evenly spread, for "
+        "precision and recall, at most (default %(default)s: as in ADM's references); 0: compute neither")
+    add("--image-size", type=int, metavar="PX", help="side of a reference folder's images (default: the samples')")
+    add("--encoder-size", type=int, metavar="PX", help="side at which encoder:SPEC sees them (default: the encoder's)")
+    add("--micro-batch", type=int, default=64, help="images per device and forward pass (default %(default)s: ADM)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args, began = parse_args(argv), time.monotonic()
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(hours=4))               # what is exchanged is on the CPU
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False                                       # features in true float32
+
+    if not args.samples and not args.save_statistics:
+        raise InputError("no samples: give an .npz or a folder of them (python sample.py), or --save-statistics FILE")
+    samples = open_images(args.samples, None) if args.samples else None
+    real, moments, stored = open_reference(args, samples)
+    sources = [images for images in (samples, real) if images is not None]
+    sizes = {images.image_size for images in sources} | {stored.about.get("image_size") if stored else None} - {None}
+    if len(sizes) > 1:
+        raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one size "
+                         "(a reference folder is brought to --image-size)")
+    if min(map(len, sources), default=K + 1) <= K:
+        raise InputError(f"{min(map(len, sources))} images are too few: {K + 1} at least, for a published number 50,000")
+    network = load_features(args, sizes.pop() if sizes else 256, device)
+    used = stored.about["features"] if stored else {"width": len(moments[0])} if moments else {}
+    if any(used[key] != network[0].get(key) for key in used.keys() - {"file", "source", "encoder"}):    # not where it lies
+        raise InputError(f"{args.reference} is of other features, {used}, than {network[0]}: make or get one of these")
+
+    reference = stored or SimpleNamespace(features=torch.empty(0), about={})
+    if real is not None:
+        reference = measure(real, network, min(args.pr_images, len(real)), args.micro_batch, device)
+    fake = measure(samples, network, len(samples), args.micro_batch, device) if samples is not None else None
+    if rank_and_world()[0] > 0:
+        return
+    if moments:
+        reference.mean, reference.covariance = moments
+        reference.about["moments"] = "mu and sigma of the file"
+    if args.save_statistics:
+        tensors = {name: getattr(reference, name) for name in ("mean", "covariance", "features")}
+        write_tensors(args.save_statistics, tensors, {"about": json.dumps({**reference.about, "features": network[0]})})
+        print(f"statistics of {args.reference} are in {args.save_statistics}")
+    if fake is None:
+        return
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distance = frechet_distance(fake.mean, fake.covariance, reference.mean, reference.covariance)
+    metrics = {"frechet_distance": distance}
+    notes = [f"{warning.message} (1: samples, 2: reference)" for warning in caught]
+    if fake.probabilities is not None:
+        metrics["inception_score"] = inception_score(fake.probabilities)
+    if args.pr_images and len(reference.features):
+        pair = precision_recall(reference.features.to(device), fake.features.to(device))
+        metrics["precision"], metrics["recall"] = pair
+    else:
+        notes.append("no precision and recall: no images of the reference")
+    for name, count in ("samples", len(samples)), ("reference images", reference.about.get("count")):
+        if count and count < 10_000 and not (moments and name != "samples"):
+            notes.append(f"{count:,} {name}: under 10,000 the distance is biased upwards; compare equal counts only")
+
+    def described(path, about):
+        return {"path": str(path), "sha256": file_digest(path) if Path(path).is_file() else None, **about}
+    import transformers
+    result = {"metrics": metrics, "notes": notes, "features": network[0], "k": K,
+              "samples": described(args.samples, fake.about),
+              "reference": described(args.reference, {**reference.about, "pr_images": len(reference.features)}),
+              "micro_batch": args.micro_batch, "seconds": round(time.monotonic() - began, 1), **provenance(),
+              "numpy": np.__version__, "transformers": transformers.__version__}
+    out = Path(args.out or Path(args.samples).with_suffix(".metrics.json"))
+    write_json(out, result)
+    for side in ("samples", "reference"):
+        print(f"{side:18}" + ", ".join(f"{key} {value}" for key, value in result[side].items()))
+    print(f"{'features':18}" + ", ".join(f"{key} {value}" for key, value in network[0].items()))
+    names = {"inception": "FID", "dinov2": "FD-DINOv2"}
+    for key, value in metrics.items():
+        name = names.get(args.features, "Frechet distance") if key == "frechet_distance" else key.replace("_", " ")
+        print(f"{name:18}{value:.4f}")
+    for note in notes:
+        print(f"note: {note}")
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,220 @@
+"""Images from a network: a student in a few long jumps, a teacher along its probability-flow ODE.
+
+    student    z_s = z_t - (t - s) h(z_t, t, s, y),   times evenly spaced: 1 -> 0, or 1 -> 0.5 -> 0, ...      (MF-RAE, arXiv 2511.13019)
+    teacher    dz/dt = v(z, t, y) from t = 1 to 0 on the grid t_i = shift(1 - i / N), Euler or Heun            (RAE, arXiv 2510.11690)
+
+    python sample.py runs/meanflow --nfe 1                                  # 50,000 images, 50 of each class -> samples/meanflow_1.npz
+    torchrun --nproc_per_node=8 sample.py runs/meanflow --nfe 2             # the same numbers from eight GPUs
+    python sample.py runs/teacher --nfe 50 --num-samples 64 --grid grid.png # a picture
+
+Noise and label of image i follow from the seed and i alone, whatever the batch size or the number of processes. The file is what
+the ADM evaluation suite reads: .npz, arr_0 uint8 (N, H, W, 3), and arr_1 the labels. An interrupted run goes on when repeated.
+"""
+import argparse
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from model import (
+    InputError,
+    command,
+    denormalize,
+    generator,
+    load_decoder,
+    load_network,
+    load_stats,
+    long_jumps,
+    ode_times,
+    provenance,
+    read_json,
+    solve_ode,
+    write_atomically,
+    write_json,
+)
+
+
+def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
+    """z_1 (B, C, H, W) and y (B,) of the images `indices`, on the CPU. labels: "equal", i mod num_classes; "random"; or a list."""
+    z, y = [], []
+    for i in indices:
+        g = generator("cpu", seed, "sample", i)
+        z.append(torch.randn(shape, generator=g))
+        drawn = int(torch.randint(num_classes, (), generator=g))
+        y.append({"equal": i % num_classes, "random": drawn}[labels] if isinstance(labels, str) else labels[i % len(labels)])
+    return torch.stack(z), torch.tensor(y)
+
+
+def generate(net, z, y, nfe, solver="euler", shift=1.0):
+    """Latents from noise z (B, C, H, W) and labels y (B,) in `nfe` evaluations of `net`, a student or a teacher, for each image."""
+    if net.r_embedder is not None:
+        return long_jumps(lambda z, t, s: net(z, t, y, s).float(), z, [1 - i / nfe for i in range(nfe + 1)])
+    steps = nfe if solver == "euler" else nfe // 2
+    return solve_ode(lambda z, t: net(z, t, y).float(), z, ode_times(steps, shift), solver)[-1]
+
+
+def to_uint8(images, truncate=False):
+    """(B, 3, H, W) in [0, 1], clipped -> (B, H, W, 3) uint8. The published code truncates where others round."""
+    images = images.clamp(0, 1) * 255
+    return (images if truncate else images.round()).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def draw_grid(path, images, labels, classes, columns):
+    """A PNG of images (N, H, W, 3), each under its class name."""
+    from PIL import Image, ImageDraw
+    size, caption = images.shape[1], 12
+    scale = max(1, 96 // size)
+    cell = size * scale
+    grid = Image.new("RGB", (columns * (cell + 2), -(-len(images) // columns) * (cell + caption + 2)), "white")
+    pen = ImageDraw.Draw(grid)
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = k % columns * (cell + 2), k // columns * (cell + caption + 2)
+        pen.text((x + 1, y), str(classes[label])[:cell // 6], fill="black")
+        grid.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST), (x, y + caption))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+
+
+def sample_all(part, settings, batches, make, shape, rank, world):
+    """Fill the array files in the folder `part`, a batch at a time; batches that an earlier, interrupted call finished stay.
+
+    batches: the ranges of image numbers; make: range -> (uint8 (B, H, W, 3), labels (B,)); shape: (N, H, W, 3)."""
+    arrays = {"arr_0": (numpy.uint8, shape), "arr_1": (numpy.int64, shape[:1]), "done": (numpy.bool_, (len(batches),))}
+    if rank == 0 and not (part / "settings.json").exists():
+        need, free = numpy.prod(shape), shutil.disk_usage(part.parent if part.parent.exists() else ".").free
+        if 2 * need > free:
+            raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+        part.mkdir(parents=True, exist_ok=True)
+        for name, (dtype, size) in arrays.items():
+            numpy.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, size).flush()
+        write_json(part / "settings.json", settings)                              # last: the folder is whole
+    if world > 1:
+        dist.barrier()
+    if read_json(part / "settings.json") != settings:
+        raise InputError(f"{part} holds an interrupted run of other settings: remove it, or give another --out")
+    images, labels, done = (numpy.lib.format.open_memmap(part / f"{name}.npy", "r+") for name in arrays)
+    mine = [k for k in range(rank, len(batches), world) if not done[k]]
+    bar = tqdm(total=shape[0], initial=int(sum(len(b) for b, d in zip(batches, done, strict=True) if d)), unit="image",
+               disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
+    for k in mine:
+        rows = slice(batches[k].start, batches[k].stop)
+        images[rows], labels[rows] = make(batches[k])
+        images.flush()
+        done[k] = True                                                            # only after the images are on the disk
+        bar.update(len(batches[k]) * world)
+    done.flush()
+    bar.close()
+    if world > 1:
+        dist.barrier()
+
+
+def bundle(part, out):
+    """The array files as an uncompressed .npz, then away with them."""
+    def write(path):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+            for name in ("arr_0.npy", "arr_1.npy"):
+                file.write(part / name, name)
+    write_atomically(out, write)
+    shutil.rmtree(part)
+
+
+def read_images(path, count):
+    """The first `count` images of an .npz, one at a time, without reading the rest."""
+    with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
+        numpy.lib.format.read_magic(stream)
+        shape = numpy.lib.format.read_array_header_1_0(stream)[0]
+        for _ in range(min(count, shape[0])):
+            yield numpy.frombuffer(stream.read(int(numpy.prod(shape[1:]))), numpy.uint8).reshape(shape[1:])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("network", help="a student or a teacher: folder, published .pt or .safetensors file, or Hub path")
+    add("--decoder", default="nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
+        help="likewise, or an AutoencoderRAE folder (default %(default)s: RAE)")
+    add("--stats", help="latent statistics in place of the network's: a latent_stats.safetensors or a published stat.pt")
+    add("--nfe", type=int, help="evaluations of the network for each image (default: student 1, teacher 50; MF-RAE)")
+    add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher's PF-ODE; heun makes nfe / 2 steps (default %(default)s)")
+    add("--time-shift", type=float, help="a of a teacher's grid (default: the network's)")
+    add("--num-samples", type=int, default=50_000, help="images (default %(default)s: ADM)")
+    add("--labels", default="equal", help="'equal' (image i has class i mod K), 'random', or a list such as 207,360,387 to repeat "
+        "(default %(default)s)")
+    add("--seed", type=int, default=0, help="of noise and random labels (default %(default)s)")
+    add("--batch-size", type=int, default=64, help="images at a time and per process (default %(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (default %(default)s)")
+    add("--truncate", action="store_true", help="truncate to uint8 as the published code does, instead of rounding")
+    add("--compile", action="store_true", help="torch.compile network and decoder")
+    add("--out", help="the .npz file (default: samples/NETWORK_NFE.npz)")
+    add("--grid", metavar="PNG", help="also a picture of the first images, under their class names")
+    add("--png", metavar="FOLDER", help="also every image as a PNG file")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")                                           # for barriers alone
+
+    net, config, stats = load_network(args.network)
+    student = config["kind"] == "student"
+    decoder, decoder_stats = load_decoder(args.decoder)
+    stats = load_stats(args.stats) if args.stats else stats or decoder_stats
+    nfe = args.nfe or (1 if student else 50)
+    labels = args.labels if args.labels in ("equal", "random") else [int(x) for x in args.labels.split(",") if x.strip().isdigit()]
+    if stats is None:
+        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
+    if net.shape != decoder.shape:
+        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: they belong to different encoders or sizes")
+    if nfe < 1 or args.num_samples < 1 or args.batch_size < 1 or (not student and args.solver == "heun" and nfe % 2):
+        raise InputError("--nfe, --num-samples and --batch-size must be at least 1, and --nfe even with --solver heun (2 evaluations a step)")
+    if not isinstance(labels, str) and (not labels or max(labels) >= net.num_classes):
+        raise InputError(f"--labels {args.labels}: 'equal', 'random', or a list of numbers below {net.num_classes}")
+    net, decoder = net.to(device).eval(), decoder.to(device).eval()
+    if args.compile:
+        net.compile()
+        decoder.compile()
+
+    out = Path(args.out or f"samples/{Path(args.network).stem}_{nfe}.npz")
+    settings = {k: v for k, v in vars(args).items() if k not in ("grid", "png", "out", "compile")} | {"nfe": nfe}
+    if out.exists() and not (out.with_suffix(".json").exists() and read_json(out.with_suffix(".json"))["settings"] == settings):
+        raise InputError(f"{out} exists, made with other settings: give another --out or remove it")
+
+    @torch.inference_mode()
+    def make(indices):
+        z, y = noise_and_labels(indices, args.seed, net.shape, net.num_classes, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, args.time_shift or config["time_shift"])
+            return to_uint8(decoder(denormalize(z_0, stats)), args.truncate).cpu().numpy(), y.numpy()
+
+    if not out.exists():
+        batches = [range(i, min(i + args.batch_size, args.num_samples)) for i in range(0, args.num_samples, args.batch_size)]
+        size = decoder.shape[1] * decoder.patch_size
+        sample_all(out.with_suffix(".part"), settings, batches, make, (args.num_samples, size, size, 3), rank, world)
+        if rank == 0:
+            bundle(out.with_suffix(".part"), out)
+            write_json(out.with_suffix(".json"), {"settings": settings, **provenance()})
+    if rank == 0:
+        print(f"{out}: {args.num_samples} images")
+        classes, y = config.get("classes") or range(net.num_classes), numpy.load(out)["arr_1"]
+        if args.grid:
+            columns = net.num_classes if net.num_classes <= 16 else 8
+            images = list(read_images(out, 8 * columns))
+            draw_grid(args.grid, numpy.stack(images), y[:len(images)], classes, columns)
+        if args.png:
+            from PIL import Image
+            Path(args.png).mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(read_images(out, args.num_samples)):
+                Image.fromarray(image).save(Path(args.png) / f"{i:06d}_{y[i]}.png")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,109 @@
+"""Coloured digits: the sanity run's built-in data, drawn with Pillow's own font, as PNG files in class folders.
+
+    python sanity/digits.py --out data/digits          -> data/digits/train/<class>/00000.png, data/digits/held-out/...
+
+Ten classes, `0` .. `9`; size, place, angle and the two colours vary. An image follows from seed, split, class and index
+alone, so that asking for more changes none of the earlier ones. From here on they take the same way as photographs.
+"""
+import argparse
+import functools
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import InputError, command, read_json, write_json  # noqa: E402
+
+SPLITS = ("train", "held-out")
+LUMA = np.array([0.299, 0.587, 0.114])
+OVERSAMPLE = 3                                     # drawn three times as large, then averaged: smooth edges
+
+
+@functools.cache
+def glyph(digit):
+    """The digit as a large grey mask, cut to its bounding box."""
+    canvas = Image.new("L", (320, 320))
+    ImageDraw.Draw(canvas).text((80, 40), str(digit), fill=255, font=ImageFont.load_default(160), stroke_width=2)
+    return canvas.crop(canvas.getbbox())
+
+
+def colour(rng, light):
+    """A pale or a deep colour of any hue, RGB in [0, 1]."""
+    lowest, highest = ([0, 0.1, 0.85], [1, 0.5, 1]) if light else ([0, 0.5, 0.3], [1, 1, 0.65])
+    hue, saturation, value = rng.uniform(lowest, highest)
+    return value * (1 - saturation * (1 - np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)))
+
+
+def draw(seed, split, digit, index, size):
+    """One image, (size, size, 3) uint8."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), digit, index])
+    paper, ink = colour(rng, light := rng.random() < 0.5), colour(rng, not light)
+    while abs((paper - ink) @ LUMA) < 0.35:        # a pale blue on a deep yellow would be hard to read
+        paper, ink = colour(rng, light), colour(rng, not light)
+    mask, big = glyph(digit), size * OVERSAMPLE
+    scale = rng.uniform(0.5, 0.8) * big / mask.height
+    angle = math.radians(rng.uniform(-20, 20))
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    extent = scale * scale * np.array([mask.width * abs(cos) + mask.height * abs(sin),
+                                       mask.width * abs(sin) + mask.height * abs(cos)])
+    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 2         # at least one pixel stays free on every side
+    x, y = big / 2 + rng.uniform(-room, room)
+    inverse = (cos, sin, mask.width / 2 - cos * x - sin * y, -sin, cos, mask.height / 2 + sin * x - cos * y)
+    placed = mask.transform((big, big), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR).reduce(OVERSAMPLE)
+    cover = np.asarray(placed, dtype=np.float64)[..., None] / 255
+    return np.round(255 * (paper + (ink - paper) * cover)).astype(np.uint8)
+
+
+def write_class(out, seed, split, digit, count, size):
+    folder = Path(out, split, str(digit))
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.fromarray(draw(seed, split, digit, index, size)).save(folder / f"{index:05}.png", compress_level=1)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", default="data/digits", help="folder to write (default %(default)s)")
+    add("--train", type=int, default=20000, help="images to train on, multiple of 10 (default %(default)s)")
+    add("--held-out", type=int, default=5000, help="others, for the evaluation, multiple of 10 (default %(default)s)")
+    add("--image-size", type=int, default=32, help="pixels (default %(default)s)")
+    add("--seed", type=int, default=0, help="0 or more; other seeds draw other images (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args, start = parse_args(argv), time.time()
+    counts = dict(zip(SPLITS, (args.train, args.held_out), strict=True))
+    if any(count < 10 or count % 10 for count in counts.values()):
+        raise InputError("--train and --held-out are multiples of 10: every class gets as many")
+    if args.image_size < 8 or args.seed < 0:
+        raise InputError("--image-size is at least 8, --seed at least 0")
+    out, settings = Path(args.out), {**counts, "image_size": args.image_size, "seed": args.seed}
+    marker = out / "digits.json"
+    if marker.exists():
+        found = read_json(marker)
+        if {**found, "complete": None} != {**settings, "complete": None}:
+            raise InputError(f"{out} holds digits of other settings ({found}): remove it or give another --out")
+        if found["complete"]:
+            print(f"{out} is complete, {sum(counts.values())} images")
+            return
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} holds something else already: give another --out")
+    write_json(marker, {**settings, "complete": False})           # interrupted, it starts over: the images are the same
+    jobs = [(out, args.seed, split, digit, count // 10, args.image_size)
+            for split, count in counts.items() for digit in range(10)]
+    with ProcessPoolExecutor(min(os.cpu_count(), 10)) as pool:
+        list(pool.map(write_class, *zip(*jobs, strict=True)))
+    write_json(marker, {**settings, "complete": True})
+    print(f"{out}: {sum(counts.values())} images of {args.image_size} pixels in {time.time() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    command(main)

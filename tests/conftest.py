@@ -1,0 +1,57 @@
+"""What the tests share: our files on the path, one thread per process, and the published figures' weights."""
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+torch.set_num_threads(2)
+
+
+def uniform(name, shape):
+    """Doubles in [-1, 1) that follow from the name alone: how the published figures' weights and inputs were made."""
+    g = numpy.random.Generator(numpy.random.PCG64(zlib.crc32(name.encode())))
+    return torch.from_numpy(2 * g.random(tuple(shape)) - 1)
+
+
+def fill(net, prefix):
+    """Give a network the weights of the published figures, in float32, then double precision."""
+    for name, parameter in net.named_parameters():
+        if name.endswith("pos_embed"):
+            continue
+        u = uniform(f"{prefix}.{name}", parameter.shape)
+        if name.endswith(".W"):
+            u = 2 * u
+        elif "norm" in name and name.endswith(".weight"):
+            u = 1 + 0.1 * u
+        elif parameter.dim() >= 2 and not name.endswith("trainable_cls_token"):
+            u = u * (3 / parameter[0].numel()) ** 0.5
+        else:
+            u = 0.1 * u
+        with torch.no_grad():
+            parameter.copy_(u.float())
+    return net.double()
+
+
+@pytest.fixture(scope="session")
+def figures():
+    return json.loads((HERE / "parity.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def published(figures):
+    """Teacher and student of the published figures, and their inputs."""
+    from model import DiTDH
+    c = figures["config"]
+    sizes = {k: c[k] for k in ("input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")}
+    teacher = fill(DiTDH(**sizes), "teacher")
+    student = fill(DiTDH(**sizes, time_difference=True), "student")
+    z, eps = (3 ** 0.5 * uniform(name, (4, 8, 4, 4)) for name in ("z", "eps"))
+    t, s, y = (torch.tensor(figures["inputs"][name], dtype=dtype) for name, dtype in
+               (("t", torch.double), ("r", torch.double), ("y", torch.long)))
+    return dict(teacher=teacher, student=student, z=z, eps=eps, t=t, s=s, y=y)

@@ -1,0 +1,244 @@
+"""The losses: alone with nothing but torch, against the published figures, and against cases with closed forms."""
+import inspect
+import math
+
+import pytest
+import torch
+from test_model import same
+
+import train_cmt
+import train_meanflow
+import train_teacher
+from model import ode_times, solve_ode, time_shift
+
+
+def alone(function):
+    """The function made again from its own source in a namespace that holds nothing but torch."""
+    namespace = {"torch": torch}
+    exec(inspect.getsource(function), namespace)
+    return namespace[function.__name__]
+
+
+flow_matching_loss = alone(train_teacher.flow_matching_loss)
+consistency_loss = alone(train_cmt.consistency_loss)
+meanflow_loss = alone(train_meanflow.meanflow_loss)
+
+
+# ---- the published figures ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
+@pytest.mark.parametrize("derivative, delta_t", [("fd-central", 0.005), ("fd-central", 0.001), ("jvp", None)])
+def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
+    p, net = published, published["student"]
+    net.zero_grad()
+    loss, numbers = meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, derivative,
+                                  delta_t, form="published", power=1.0)
+    loss.backward()
+    figure = figures[f"{name} jvp" if derivative == "jvp" else f"{name} dt={delta_t}"]
+    assert float(numbers["mse"]) == pytest.approx(figure["mse"], rel=1e-5)
+    if derivative != "jvp":
+        assert loss.item() == pytest.approx(figure["adaptive_loss"], rel=1e-5)
+        for weight, key in ((net.final_layer.linear.weight, "grad_rms_final_linear_weight"),
+                            (net.r_embedder.mlp[0].weight, "grad_rms_r_embedder_mlp_0_weight")):
+            assert float(weight.grad.square().mean().sqrt()) == pytest.approx(figure[key], rel=1e-5)
+
+
+@pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
+def test_published_exact_derivative(figures, published, eta, name):
+    """dh/dt and the target themselves, read off the loss: with h = 0 its error is the target; with t - s doubled ... (see below)."""
+    p, net = published, published["student"]
+    dh_dt = []
+    h = lambda z, t, s, y: net(z, t, y, s)  # noqa: E731
+    jvp = torch.func.jvp
+    torch.func.jvp = lambda *a: dh_dt.append(jvp(*a)) or dh_dt[-1]
+    try:
+        meanflow_loss(h, p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, "jvp")
+    finally:
+        torch.func.jvp = jvp
+    same(dh_dt[0][1], figures[f"{name} jvp"]["dudt"])
+
+
+# ---- closed forms: Gaussian data N(m, sigma^2) per element --------------------------------------------------------------------
+M, SIGMA = 0.7, 0.4
+SHAPE = (2, 2, 2)
+
+
+def spread(t):
+    """Variance of z_t: S(t) = (1 - t)^2 sigma^2 + t^2."""
+    return (1 - t) ** 2 * SIGMA ** 2 + t ** 2
+
+
+def v_exact(z, t, y=None):
+    """E[eps - z_0 | z_t = z] = -m + S'(t) / (2 S(t)) (z - (1 - t) m)."""
+    t = t[:, None, None, None]
+    return -M + (t - (1 - t) * SIGMA ** 2) / spread(t) * (z - (1 - t) * M)
+
+
+def flow(z, t, s):
+    """The PF-ODE's flow map from t to s: deviations from the mean scale by sqrt(S(s) / S(t))."""
+    t, s = t[:, None, None, None], s[:, None, None, None]
+    return (1 - s) * M + (spread(s) / spread(t)).sqrt() * (z - (1 - t) * M)
+
+
+def h_exact(z, t, s, y=None):
+    """The mean velocity (z_t - z_s) / (t - s), its limit v at s = t."""
+    gap = (t - s)[:, None, None, None]
+    same = gap == 0
+    return torch.where(same, v_exact(z, t), (z - flow(z, t, s)) / torch.where(same, 1, gap))
+
+
+def gaussian(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z_0 = M + SIGMA * torch.randn(n, *SHAPE, generator=g, dtype=torch.double)
+    return z_0, torch.randn(n, *SHAPE, generator=g, dtype=torch.double), torch.rand(n, generator=g, dtype=torch.double)
+
+
+def pairs_of_times(n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    s, t = time_shift(torch.rand(n, 2, generator=g, dtype=torch.double), 3.0).sort(dim=1).values.unbind(1)
+    s[1::4] = t[1::4]
+    return t, s
+
+
+def test_exact_mean_velocity_has_no_error_with_the_exact_derivative():
+    z_0, eps, _ = gaussian(64)
+    t, s = pairs_of_times(64)
+    assert meanflow_loss(h_exact, v_exact, z_0, eps, t, s, torch.zeros(len(z_0)), derivative="jvp")[1]["mse"] < 1e-24
+
+
+def regions():
+    """(t, s) of three rows where, for every D <= 0.02, the stencil is central, forward (t - D < s) and backward (t + D > 1)."""
+    return torch.tensor([0.6, 0.5, 1.0], dtype=torch.double), torch.tensor([0.2, 0.4999, 0.3], dtype=torch.double)
+
+
+@pytest.mark.parametrize("row, stencil", [(0, "central"), (1, "forward"), (2, "backward")])
+def test_finite_differences_are_second_order_everywhere(row, stencil):
+    z_0, eps, _ = gaussian(1)
+    t, s = (x[row:row + 1] for x in regions())
+    if stencil == "forward":                      # (t - s) dh/dt hides the order behind a tiny t - s: look at the derivative itself
+        s = t - 1e-4
+    seen = []
+
+    def h(z, t, s, y):
+        seen.append(t)
+        return h_exact(z, t, s)
+    errors = []
+    for delta_t in (0.02, 0.01, 0.005):
+        errors.append(float(meanflow_loss(h, v_exact, z_0, eps, t, s, torch.zeros(1), derivative="fd", delta_t=delta_t)[1]["mse"]) ** 0.5)
+    order = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(1.8 < o < 2.25 for o in order), (stencil, errors, order)
+    assert all((t >= s - 1e-12).all() and (t <= 1 + 1e-12).all() for t in seen)
+
+
+def test_finite_differences_stay_within_the_interval():
+    """Also where t - s is far below D, at either end; and the published stencil leaves it."""
+    t = torch.tensor([1.0, 1.0, 0.9999, 0.3, 1e-3, 0.999], dtype=torch.double)
+    s = torch.tensor([0.0, 0.9999, 0.9998, 0.2999, 0.0, 0.5], dtype=torch.double)
+    z_0, eps, _ = gaussian(len(t))
+    for derivative, inside in (("fd", True), ("fd-central", False)):
+        left = []
+
+        def h(z, time, s, y, left=left):
+            left.append(bool(((time < s - 1e-9) | (time > 1 + 1e-9)).any()))
+            return h_exact(z, time, s)
+        mse = meanflow_loss(h, v_exact, z_0, eps, t, s, torch.zeros(len(t)), derivative=derivative)[1]["mse"]
+        assert any(left) != inside
+        assert not inside or mse < 1e-8
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_cmt_target_tends_to_the_mean_velocity(solver, order):
+    """With N teacher steps the error of the target is O(N^-order): measured at the pair (1, 0) and at a pair inside."""
+    z_1 = gaussian(16)[1]
+    errors = []
+    for steps in (256, 512, 1024):                  # fewer are not yet in the asymptotic regime for Heun
+        times = ode_times(steps, 3.0)
+        points = solve_ode(v_exact, z_1, times, solver)
+        for i, j in ((0, steps), (steps // 4, steps // 2)):
+            t, s = (torch.full((16,), times[k], dtype=torch.double) for k in (i, j))
+            # h_exact at the trajectory's own point, so that what is measured is the error of the pair alone
+            errors.append(float(consistency_loss(h_exact, points[i], points[j], t, s, None)[1]["mse"]) ** 0.5)
+    for a, b in zip(errors, errors[2:], strict=False):
+        assert order - 0.25 < math.log2(a / b) < order + 0.25, errors
+
+
+def test_flow_matching_minimum_is_the_velocity():
+    """Least squares over affine velocities a z + b at a fixed t, by the loss's own gradient being zero at the exact velocity."""
+    z_0, eps, _ = gaussian(200_000)
+    for time in (0.1, 0.5, 0.9):
+        t = torch.full((len(z_0),), time, dtype=torch.double)
+        a, b = (torch.zeros((), dtype=torch.double, requires_grad=True) for _ in range(2))
+        loss = flow_matching_loss(lambda z, t, y, a=a, b=b: v_exact(z, t) + a * z + b, z_0, eps, t, None)[0]
+        gradient = torch.autograd.grad(loss, (a, b))
+        assert max(abs(float(g)) for g in gradient) < 6e-3                        # 4 standard errors of 1.8 million elements
+        assert loss.detach() == pytest.approx(SIGMA ** 2 / spread(time), rel=0.01)        # the one-point velocity's own variance
+
+
+def test_jumps_land_on_the_end_of_the_ode():
+    from model import long_jumps
+    z_1 = gaussian(16)[1]
+    end = flow(z_1, torch.ones(16, dtype=torch.double), torch.zeros(16, dtype=torch.double))
+    for times in ([1, 0], [1, 0.5, 0], [1, 0.7, 0.2, 0]):
+        assert torch.allclose(long_jumps(h_exact, z_1, times), end, atol=1e-12)
+
+
+def bent(theta):
+    """A student off the mean velocity by theta, so that gradients are not zero."""
+    return lambda z, t, s, y: h_exact(z, t, s) + theta * (1 + z * (t - s)[:, None, None, None])
+
+
+def test_mft_has_mfds_gradient_in_expectation():
+    """At the exact teacher, unweighted squared error: the difference of the two gradients has mean 0 (within 4 standard errors)."""
+    n, batches = 1000, 40
+    difference, size = [], []
+    for batch in range(batches):
+        z_0, eps, _ = gaussian(n, seed=batch)
+        t, s = pairs_of_times(n, seed=1000 + batch)
+        gradients = []
+        for eta in (0.0, 1.0):
+            theta = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
+            gradients.append(torch.autograd.grad(meanflow_loss(bent(theta), v_exact, z_0, eps, t, s, torch.zeros(len(z_0)), eta)[0], theta)[0])
+        difference.append(gradients[0] - gradients[1])
+        size.append(gradients[1])
+    difference = torch.stack(difference)
+    error = difference.std() / batches ** 0.5
+    assert difference.mean().abs() < 4 * error
+    assert error < 0.04 * torch.stack(size).mean().abs()                           # the test can see a bias of 16%
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
+def test_proposition_3_1(eta):
+    """E || h - u_eta ||^2 = || h - u_v - eta M (v_phi - v) ||^2 + (1 - eta)^2 E || M (v_hat - v) ||^2, M = 1 - (t - s) dh/dz.
+
+    The one-point velocity's variance given z_t is sigma^2 / S(t) per element; the teacher is off by a constant."""
+    n, bias = 40_000, 0.3
+    z_0, eps, _ = gaussian(n)
+    t, s = torch.full((n,), 0.8, dtype=torch.double), torch.full((n,), 0.3, dtype=torch.double)
+    theta = 0.2
+    h = lambda z, t, s, y: h_exact(z, t, s) + theta                                # u_v of it: h_exact, plus nothing (theta is constant)
+    losses = []
+    for part in range(20):
+        k = slice(part * n // 20, (part + 1) * n // 20)
+        losses.append(meanflow_loss(h, lambda z, t, y: v_exact(z, t) + bias, z_0[k], eps[k], t[k], s[k], torch.zeros(len(t[k])), eta)[0])
+    losses = torch.stack(losses)
+    slope = 1 - (spread(0.3) / spread(0.8)) ** 0.5     # (t - s) dh/dz
+    m = float(1 - slope)
+    expected = (theta - eta * m * bias) ** 2 + (1 - eta) ** 2 * m ** 2 * SIGMA ** 2 / spread(0.8)
+    assert abs(float(losses.mean()) - expected) < 4 * float(losses.std()) / 20 ** 0.5 + 1e-12, (losses.mean(), expected)
+
+
+# ---- the weight of a sample ----------------------------------------------------------------------------------------------------
+def test_weights():
+    """Gradient with respect to a sample's mse: (mse + c)^-p in the mean form; 2 E / (E^2 + c) with E = D mse in the published one."""
+    z_0, eps, _ = gaussian(8)
+    t, s = pairs_of_times(8)
+    d = math.prod(SHAPE)
+    offset = torch.linspace(0.1, 2, 8, dtype=torch.double)[:, None, None, None]
+    scale = torch.ones(8, dtype=torch.double, requires_grad=True)
+    h = lambda z, t, s, y: h_exact(z, t, s) + offset * scale[:, None, None, None]  # noqa: E731  (mse of row i: offset_i^2)
+    for form, power, c, weight in (("mean", 0.0, 1e-3, lambda e: e ** 0), ("mean", 0.5, 0.1, lambda e: (e + 0.1) ** -0.5),
+                                   ("mean", 1.0, 1e-2, lambda e: 1 / (e + 1e-2)),
+                                   ("published", 1.0, 1e-3, lambda e: 2 * d ** 2 * e / ((d * e) ** 2 + 1e-3))):
+        loss, numbers = meanflow_loss(h, v_exact, z_0, eps, t, s, torch.zeros(len(z_0)), 1.0, "jvp", form=form, power=power, loss_eps=c)
+        mse = offset.flatten() ** 2
+        assert torch.allclose(torch.autograd.grad(loss, scale)[0], weight(mse) * 2 * mse / 8, rtol=1e-6)
+        assert numbers["mse"] == pytest.approx(float(mse.mean()), rel=1e-6)

@@ -1,0 +1,356 @@
+"""Stage 2: consistency mid-training (CMT, arXiv 2509.24526), the start of every few-step student here.
+
+Learns long jumps along the teacher's own trajectories. From noise z_1 the teacher's PF-ODE is solved on the shifted grid
+1 = t_N > ... > t_0 = 0; between any two of its points, t_i > t_j, the student regresses the mean velocity,
+
+    || h(z_{t_i}, t_i, t_j, y) - (z_{t_i} - z_{t_j}) / (t_i - t_j) ||^2.
+
+No images are needed: only noise, labels and the teacher, whose weights the student starts from (the embedding of t - s is new and
+starts at zero). The times are the true ones of the solver's grid.
+
+    python train_cmt.py                                        # one GPU (or CPU): reads runs/teacher, writes runs/cmt
+    torchrun --nproc_per_node=8 train_cmt.py                   # eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cmt.py        # on each of four nodes
+    python train_cmt.py --synthetic --steps 20                 # does XL fit, how fast is it? (random networks, no files)
+
+Defaults are those of MF-RAE (arXiv 2511.13019) for ImageNet at 256 px.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from model import (
+    DIT_PRESETS,
+    DiTDH,
+    InputError,
+    command,
+    default_time_shift,
+    generator,
+    load_network,
+    load_stats,
+    ode_times,
+    provenance,
+    read_json,
+    read_tensors,
+    save_network,
+    solve_ode,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+
+def consistency_loss(h, z_t, z_s, t, s, y):
+    """Regress the jump between two points of one trajectory of the teacher (CMT; MF-RAE, section 3.2).
+
+    h: (z, t, s, y) -> mean velocity; z_t, z_s: (B, C, H, W), the trajectory at t and at s; t, s: (B,), s < t; y: (B,) the labels
+    the teacher saw. Returns (the mean squared error per element, {"loss", "mse"}: both the same here)."""
+    target = (z_t - z_s) / (t - s)[:, None, None, None]
+    loss = (h(z_t, t, s, y) - target).square().mean()
+    return loss, {"loss": loss.detach(), "mse": loss.detach()}
+
+
+class TrajectoryPool:
+    """The teacher's trajectories, made in large batches, a quarter of them at a time, each kept for `age` steps.
+
+    Every `pairs` rows of the batch form a group with `age` trajectories of its own and draw their pairs from these, so that a
+    trajectory serves `pairs` pairs in its life, a batch holds few pairs of any one, and no pair is older than `age` steps. Group and
+    serial number alone decide a trajectory: splitting the batch over processes, or resuming, gives the same ones."""
+
+    def __init__(self, solve, shape, times, groups, age, seed, num_classes, label_dropout, step, device):
+        """solve: (z_1, y) -> list of the points at `times`; groups: of this process, a range; step: to begin with."""
+        self.solve, self.groups, self.age, self.quarter, self.seed, self.device = solve, groups, age, age // 4, seed, device
+        self.num_classes, self.label_dropout, self.times = num_classes, label_dropout, torch.tensor(times, device=device)
+        self.points = torch.empty(len(groups), age, len(times), *shape, device=device)
+        self.y = torch.empty(len(groups), age, dtype=torch.long, device=device)
+        self.born = torch.zeros(len(groups), age, device=device)
+        self.i, self.j = torch.triu_indices(len(times), len(times), offset=1, device=device)      # t_i > t_j: all pairs
+        for chunk in range(step // self.quarter, step // self.quarter + 4):
+            self.renew(chunk)
+
+    @torch.no_grad()
+    def renew(self, chunk):
+        """Solve trajectories chunk * quarter ... of every group, over the oldest ones."""
+        serials = range(chunk * self.quarter, (chunk + 1) * self.quarter)
+        z, y = [], []
+        for group in self.groups:
+            for serial in serials:
+                g = generator(self.device, self.seed, "trajectory", group, serial)
+                z.append(torch.randn(self.points.shape[3:], generator=g, device=self.device))
+                label = torch.randint(self.num_classes, (), generator=g, device=self.device)
+                dropped = torch.rand((), generator=g, device=self.device) < self.label_dropout
+                y.append(torch.where(dropped, self.num_classes, label))
+        y = torch.stack(y)
+        points = torch.stack(self.solve(torch.stack(z), y), dim=1)
+        slots = slice(serials[0] % self.age, serials[0] % self.age + self.quarter)
+        self.points[:, slots] = points.unflatten(0, (len(self.groups), -1))
+        self.y[:, slots] = y.unflatten(0, (len(self.groups), -1))
+        self.born[:, slots] = max(0, chunk - 3) * self.quarter
+
+    def pairs(self, step, rows, group_rows):
+        """Pairs for rows [start, stop) of a step: z_t, z_s, t, s, y, and their age in steps, one of each a row."""
+        draws = []
+        for block in range(rows[0] // 4, rows[1] // 4):
+            g = generator(self.device, self.seed, "pairs", step, block)
+            draws.append([torch.randint(n, (4,), generator=g, device=self.device) for n in (self.age, len(self.i))])
+        slot, pair = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        group = torch.arange(*rows, device=self.device) // group_rows - self.groups[0]
+        i, j = self.i[pair], self.j[pair]
+        return (self.points[group, slot, i], self.points[group, slot, j], self.times[i], self.times[j], self.y[group, slot],
+                step - self.born[group, slot])
+
+
+# ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
+FREE = {"steps", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
+
+
+class Run:
+    """Processes, device, this process's rows of the global batch; the average, optimizer, states, log and signals of a run."""
+
+    def __init__(self, args):
+        self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
+        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError("this GPU has no bf16: --precision fp32")
+        share = args.batch_size // self.world
+        micro = args.micro_batch or share
+        if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
+            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must divide "
+                             "evenly, and a micro-batch be a multiple of 4")
+        self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
+        if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
+            before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
+            other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
+            if other or not args.resume:
+                raise InputError(f"{self.out} holds another run: give another --out" + (f" (there {'; '.join(other)})" if other else
+                                                                                       ", or --resume to go on with it"))
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        torch.manual_seed(args.seed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)                                     # a second one stops at once
+        print("will save and stop after this step (once more: stop at once)", file=sys.stderr, flush=True)
+
+    def adopt(self, net, config, stats):
+        """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
+        args, self.net, self.config, self.stats = self.args, net.to(self.device), config, stats
+        net.checkpoint_activations = args.checkpoint_activations
+        self.names, self.weights = zip(*((name, p) for name, p in net.named_parameters() if p.requires_grad), strict=True)
+        self.average = [p.detach().clone() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        states = [] if args.synthetic else sorted(self.out.glob("state_*.safetensors"), reverse=True)
+        for path in states:
+            try:
+                tensors, about = read_tensors(path, self.device)
+            except InputError as error:
+                print(f"{error}; trying the state before it", file=sys.stderr)
+                continue
+            self.step, self.seconds = int(about["step"]), float(about["seconds"])
+            net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net/")})
+            torch._foreach_copy_(self.average, [tensors[f"average/{name}"] for name in self.names])
+            for name, p in zip(self.names, self.weights, strict=True):
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=self.device),
+                                           **{k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")}}
+            break
+        else:
+            if states:
+                raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
+        if self.rank == 0 and not args.synthetic:
+            write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
+            log = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= self.step]   # no step twice
+            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))
+        self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
+        self.since, self.logged = time.perf_counter(), self.step
+        if args.compile:
+            net.compile()
+        return net if self.world == 1 else nn.parallel.DistributedDataParallel(
+            net, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def lr(self):
+        """Constant, then linear to --lr-final at the last step."""
+        args, begin = self.args, self.args.decay_from * self.args.steps
+        part = max(0.0, (self.step - begin) / max(1.0, args.steps - begin))
+        return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def no_sync(self, network, rows):
+        """Gradients are all-reduced with the step's last micro-batch alone."""
+        return network.no_sync() if self.world > 1 and rows != self.rows[-1] else nullcontext()
+
+    def end_step(self, losses, grad_norm):
+        """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
+
+        losses: for each micro-batch a dict of numbers, tensors on the device or floats."""
+        args, self.step = self.args, self.step + 1
+        self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
+        self.bar.update()
+        if self.world > 1:                                                        # all stop at the same step
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        last = self.step == args.steps or self.signal
+        if last or self.step % args.log_every == 0:
+            self.log()
+        if not args.synthetic and (last or self.step % args.save_every == 0):
+            self.save()
+        if self.signal:
+            print(f"stopped after step {self.step}: the same command with --resume goes on")
+            sys.exit(128 + self.signal)
+
+    def log(self):
+        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
+        table = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in n.values()]) for n in self.numbers])
+        mean, largest = table.mean(0), table.max(0).values
+        if self.world > 1:
+            dist.all_reduce(mean)
+            mean /= self.world
+        line = dict(step=self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)))
+        line["grad_norm_max"] = dict(zip(self.numbers[0], largest.tolist(), strict=True))["grad_norm"]
+        now = time.perf_counter()
+        self.seconds, self.numbers = self.seconds + now - self.since, []
+        line |= dict(lr=self.lr(), samples_per_second=self.args.batch_size * (self.step - self.logged) / (now - self.since), seconds=self.seconds)
+        self.since, self.logged = now, self.step
+        if not torch.isfinite(mean).all():
+            raise InputError(f"loss or gradient is not finite at step {self.step}; nothing of it was saved. Try a lower --lr or --clip, "
+                             "--precision fp32, or look for damaged latents (encode_latents.py --verify); --resume goes back to the last state")
+        if self.rank == 0:
+            text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
+            if not self.args.synthetic:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(text + "\n")
+            tqdm.write(text)
+
+    def save(self):
+        """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
+        if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
+            raise InputError(f"weights are not finite at step {self.step}; not saved. Try a lower --lr or --clip, or --precision fp32")
+        if self.rank == 0:
+            state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
+            for name, p, average in zip(self.names, self.weights, self.average, strict=True):
+                state |= {f"average/{name}": average, **{f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
+            save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
+            states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
+            for path in states:
+                if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
+                    path.unlink()
+        self.since = time.perf_counter()                                          # saving is not training time
+
+
+# ======== end of the shared text ==================================================================================================
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--teacher", default="runs/teacher", help="folder, published .pt or .safetensors file, or Hub path (default %(default)s)")
+    add("--init", help="a student to start from in place of the teacher's weights")
+    add("--stats", help="latent statistics, for a teacher that brings none: a latent_stats.safetensors or a published stat.pt")
+    add("--out", default="runs/cmt", help="folder for the network, states and log (default %(default)s)")
+    add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the network, with --synthetic alone (default %(default)s)")
+    add("--steps", type=int, default=27_000, help="of the optimizer (default %(default)s: MF-RAE)")
+    add("--batch-size", type=int, default=512, help="pairs over all devices (default %(default)s: MF-RAE, 8 trajectories of 64 pairs)")
+    add("--pairs", type=int, default=64, help="pairs drawn from a trajectory in its life (default %(default)s: MF-RAE)")
+    add("--pool-age", type=int, default=64, metavar="STEPS", help="steps that a trajectory is kept, a multiple of 4 (default %(default)s; the "
+        "teacher's batches grow with it, and the pool's memory: age * batch-size / pairs trajectories)")
+    add("--teacher-steps", type=int, default=16, help="steps of the solver (default %(default)s: MF-RAE)")
+    add("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (default %(default)s: MF-RAE)")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
+    add("--lr-final", type=float, help="learning rate at the last step, reached linearly (default: --lr; MF-RAE)")
+    add("--decay-from", type=float, default=0.0, help="part of the run where the decay begins (default %(default)s)")
+    add("--ema", type=float, default=0.999, help="decay of the weights' average per step (default %(default)s: MF-RAE)")
+    add("--label-dropout", type=float, default=0.1, help="probability of 'no label', teacher and student alike (default %(default)s: MF-RAE)")
+    add("--time-shift", type=float, help="a of the solver's grid t_i = shift(1 - i / N) (default: the teacher's)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients are accumulated (default: a device's whole share)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
+    add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
+        help="bf16: autocast, weights stay float32 (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, about 1 F more")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="steps between lines of log.jsonl (default %(default)s)")
+    add("--save-every", type=int, default=5000, metavar="STEPS", help="steps between states (default %(default)s)")
+    add("--keep", type=int, default=2, help="newest states kept (default %(default)s)")
+    add("--keep-every", type=int, default=0, metavar="STEPS", help="keep the states at multiples of this for good (default: none)")
+    add("--resume", action="store_true", help="go on from the newest whole state in --out, if there is one")
+    add("--synthetic", type=int, nargs="?", const=256, choices=(256, 512), metavar="PX", help="random latents, labels and networks at the "
+        "real shapes for 256 (default) or 512 px: does it fit, how fast is it? Reads and writes no files")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args)
+    if args.batch_size % (args.pairs * run.world) or args.pairs % 4 or args.pool_age < 4 or args.pool_age % 4:
+        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times {run.world} processes, and --pairs and "
+                         "--pool-age multiples of 4")
+    if args.synthetic:
+        grid = args.synthetic // 16
+        teacher = DiTDH(grid, 768, num_classes=1000, **DIT_PRESETS[args.preset])
+        student = DiTDH(grid, 768, num_classes=1000, time_difference=True, **DIT_PRESETS[args.preset])
+        config, stats = {"time_shift": default_time_shift(teacher.shape)}, None
+    else:
+        teacher, config, stats = load_network(args.teacher, "teacher")
+        student, student_config, _ = load_network(args.init or args.teacher, "student", new="r_embedder.")
+        if student.shape != teacher.shape or student.num_classes != teacher.num_classes:
+            raise InputError(f"--init {args.init} has latents {student.shape} and {student.num_classes} classes, the teacher {teacher.shape} and "
+                             f"{teacher.num_classes}")
+        stats = load_stats(args.stats) if args.stats else stats
+        if stats is None:
+            raise InputError(f"{args.teacher} brings no latent statistics: give them with --stats")
+        config = {**config, "kind": "student", "network": student_config["network"]}
+    config["time_shift"] = args.time_shift or config["time_shift"]
+    h = run.adopt(student, config, stats)
+    v = teacher.to(run.device).requires_grad_(False)
+    if args.compile:
+        v.compile()
+    times = ode_times(args.teacher_steps, config["time_shift"])
+
+    def solve(z_1, y):
+        with run.autocast():
+            return solve_ode(lambda z, t: v(z, t, y).float(), z_1, times, args.solver)
+
+    groups = range(run.rows[0][0] // args.pairs, run.rows[-1][1] // args.pairs)
+    pool = TrajectoryPool(solve, teacher.shape, times, groups, args.pool_age, args.seed, teacher.num_classes, args.label_dropout, run.step, run.device)
+    while run.step < args.steps:
+        if run.step % pool.quarter == 0 and run.step > 0:
+            pool.renew(run.step // pool.quarter + 3)
+        losses = []
+        for rows in run.rows:
+            z_t, z_s, t, s, y, age = pool.pairs(run.step, rows, args.pairs)
+            with run.no_sync(h, rows):
+                with run.autocast():
+                    loss, numbers = consistency_loss(lambda z, t, s, y: h(z, t, y, s), z_t, z_s, t, s, y)
+                (loss / len(run.rows)).backward()
+            losses.append({**numbers, "pair_age": age.mean()})
+        grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
+        run.optimizer.param_groups[0]["lr"] = run.lr()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
+        run.end_step(losses, grad_norm)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,367 @@
+"""Stage 3: MeanFlow in the latent space, by distillation (MFD) or training (MFT), a student h(z_t, t, s, y) for one or two jumps.
+
+From the MeanFlow identity h = v - (t - s) dh/dt (arXiv 2505.13447), with the transport derivative dh/dt = (dh/dz) v + dh/dt|_z:
+
+    || h(z_t, t, s, y) - stopgrad(u) ||^2,    u = w - (t - s) dh/dt,    w = (1 - eta) (eps - z_0) + eta v(z_t, t, y)
+
+eta = 1 is MFD: the teacher's velocity v in place of the one-point velocity, low variance, the teacher's bias; eta = 0 is MFT: no
+bias, high variance, a short run after MFD (MF-RAE, arXiv 2511.13019, section 3). For three rows in four s = t, where the loss is
+flow matching (or its distillation) and no derivative is needed.
+
+    python train_meanflow.py                                   # one GPU (or CPU): reads data/latents, runs/teacher, runs/cmt; writes runs/meanflow
+    torchrun --nproc_per_node=8 train_meanflow.py              # eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_meanflow.py   # on each of four nodes
+    python train_meanflow.py --eta 0 --init runs/meanflow --out runs/mft --steps 10000       # MFT after MFD
+    python train_meanflow.py --synthetic --steps 20            # does XL fit, how fast is it? (random data and networks, no files)
+
+Defaults are those of MF-RAE for ImageNet at 256 px.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from model import (
+    DIT_PRESETS,
+    DiTDH,
+    InputError,
+    command,
+    default_time_shift,
+    generator,
+    load_network,
+    load_stats,
+    normalize,
+    provenance,
+    read_json,
+    read_tensors,
+    save_network,
+    time_shift,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+
+def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.005, form="mean", power=0.0, loss_eps=1e-3,
+                  rows=slice(None), h_fixed=None):
+    """The MeanFlow objective with the proxy velocity w of eta (MF-RAE, eq. 9 to 11).
+
+    h: (z, t, s, y) -> mean velocity; v: (z, t, y) -> the teacher's velocity (not called for eta = 0); z_0, eps: (B, C, H, W) data and
+    noise; t, s: (B,), 0 <= s <= t <= 1; y: (B,) int labels, already dropped where they are to be.
+    derivative: "jvp", exact; "fd", finite differences of step delta_t that stay within [s, 1], second order everywhere; "fd-central",
+    the published stencil, which leaves it. rows: those where s < t may hold; elsewhere s = t, and no derivative is taken.
+    h_fixed: h for the derivative, which needs no gradient: under DDP, the network inside it. Default: h.
+    form, power, loss_eps: the weight of a sample, q / stopgrad(q + loss_eps)^power, with q its mean squared error ("mean") or the square
+    of its summed squared error ("published"; power 1). Returns (loss, {"loss", "mse": the mean squared error per element})."""
+    h_fixed = h_fixed or h
+    t_, s_ = t[:, None, None, None], s[:, None, None, None]
+    z_t = (1 - t_) * z_0 + t_ * eps
+    h_t = h(z_t, t, s, y)
+    with torch.no_grad():
+        w = (1 - eta) * (eps - z_0)
+        if eta > 0:
+            w = w + eta * v(z_t, t, y)
+        z, t, s, y, tangent = z_t[rows], t[rows], s[rows], y[rows], w[rows]
+        if derivative == "jvp":                   # the fused attention kernels have no forward-mode derivative: math attention here
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                dh_dt = torch.func.jvp(lambda z, t: h_fixed(z, t, s, y), (z, t), (tangent, torch.ones_like(t)))[1]
+        else:                                     # a finite difference in reduced precision is noise / delta_t: true float32, whatever
+            precision, reduced = torch.get_float32_matmul_precision(), torch.is_autocast_enabled(z.device.type)    # is set outside
+            torch.set_float32_matmul_precision("highest")
+            with torch.autocast(z.device.type, enabled=False):
+                d = torch.full_like(t, delta_t)
+                central = ((t + d <= 1) & (t - d >= s)) | (derivative == "fd-central")
+                forward = ~central & (t + 2 * d <= 1)
+                d = torch.where(central | forward, d, torch.minimum(d, (t - s) / 2).clamp(min=1e-6))      # backward, never below s
+                stencil = torch.tensor([[1, -1, 0.5, -0.5, 0], [1, 2, 2, -0.5, -1.5], [-1, -2, -2, 0.5, 1.5]], device=t.device).to(t)
+                a, b, c_a, c_b, c_t = stencil[torch.where(central, 0, torch.where(forward, 1, 2))].T      # offsets / d, coefficients
+                z_ab = torch.cat([z + (x * d)[:, None, None, None] * tangent for x in (a, b)])
+                h_a, h_b = h_fixed(z_ab, torch.cat([t + a * d, t + b * d]), s.repeat(2), y.repeat(2)).chunk(2)
+                center = h_fixed(z, t, s, y) if reduced else h_t[rows]
+                dh_dt = sum((c / d)[:, None, None, None] * x for c, x in ((c_a, h_a), (c_b, h_b), (c_t, center)))
+            torch.set_float32_matmul_precision(precision)
+        u = w.clone()
+        u[rows] -= (t_ - s_)[rows] * dh_dt
+    error = (h_t - u).square()
+    mse = error.mean((1, 2, 3))
+    q = error.sum((1, 2, 3)).square() if form == "published" else mse
+    loss = (q / (q.detach() + loss_eps) ** power).mean()
+    return loss, {"loss": loss.detach(), "mse": mse.detach().mean()}
+
+
+def draw(seed, step, rows, shape, device):
+    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B, 2), eps ~ N(0, I) (B, C, H, W), dropout's uniforms (B,).
+
+    Each block of four rows has a generator of its own, from (seed, step, block): the same numbers however the batch is split."""
+    blocks = []
+    for block in range(rows[0] // 4, rows[1] // 4):
+        g = generator(device, seed, "meanflow", step, block)
+        blocks.append([torch.rand(4, 2, generator=g, device=device), torch.randn(4, *shape, generator=g, device=device),
+                       torch.rand(4, generator=g, device=device)])
+    return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+
+
+# ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
+FREE = {"steps", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
+
+
+class Run:
+    """Processes, device, this process's rows of the global batch; the average, optimizer, states, log and signals of a run."""
+
+    def __init__(self, args):
+        self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
+        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError("this GPU has no bf16: --precision fp32")
+        share = args.batch_size // self.world
+        micro = args.micro_batch or share
+        if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
+            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must divide "
+                             "evenly, and a micro-batch be a multiple of 4")
+        self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
+        if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
+            before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
+            other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
+            if other or not args.resume:
+                raise InputError(f"{self.out} holds another run: give another --out" + (f" (there {'; '.join(other)})" if other else
+                                                                                       ", or --resume to go on with it"))
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        torch.manual_seed(args.seed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)                                     # a second one stops at once
+        print("will save and stop after this step (once more: stop at once)", file=sys.stderr, flush=True)
+
+    def adopt(self, net, config, stats):
+        """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
+        args, self.net, self.config, self.stats = self.args, net.to(self.device), config, stats
+        net.checkpoint_activations = args.checkpoint_activations
+        self.names, self.weights = zip(*((name, p) for name, p in net.named_parameters() if p.requires_grad), strict=True)
+        self.average = [p.detach().clone() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        states = [] if args.synthetic else sorted(self.out.glob("state_*.safetensors"), reverse=True)
+        for path in states:
+            try:
+                tensors, about = read_tensors(path, self.device)
+            except InputError as error:
+                print(f"{error}; trying the state before it", file=sys.stderr)
+                continue
+            self.step, self.seconds = int(about["step"]), float(about["seconds"])
+            net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net/")})
+            torch._foreach_copy_(self.average, [tensors[f"average/{name}"] for name in self.names])
+            for name, p in zip(self.names, self.weights, strict=True):
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=self.device),
+                                           **{k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")}}
+            break
+        else:
+            if states:
+                raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
+        if self.rank == 0 and not args.synthetic:
+            write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
+            log = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= self.step]   # no step twice
+            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))
+        self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
+        self.since, self.logged = time.perf_counter(), self.step
+        if args.compile:
+            net.compile()
+        return net if self.world == 1 else nn.parallel.DistributedDataParallel(
+            net, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def lr(self):
+        """Constant, then linear to --lr-final at the last step."""
+        args, begin = self.args, self.args.decay_from * self.args.steps
+        part = max(0.0, (self.step - begin) / max(1.0, args.steps - begin))
+        return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def no_sync(self, network, rows):
+        """Gradients are all-reduced with the step's last micro-batch alone."""
+        return network.no_sync() if self.world > 1 and rows != self.rows[-1] else nullcontext()
+
+    def end_step(self, losses, grad_norm):
+        """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
+
+        losses: for each micro-batch a dict of numbers, tensors on the device or floats."""
+        args, self.step = self.args, self.step + 1
+        self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
+        self.bar.update()
+        if self.world > 1:                                                        # all stop at the same step
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        last = self.step == args.steps or self.signal
+        if last or self.step % args.log_every == 0:
+            self.log()
+        if not args.synthetic and (last or self.step % args.save_every == 0):
+            self.save()
+        if self.signal:
+            print(f"stopped after step {self.step}: the same command with --resume goes on")
+            sys.exit(128 + self.signal)
+
+    def log(self):
+        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
+        table = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in n.values()]) for n in self.numbers])
+        mean, largest = table.mean(0), table.max(0).values
+        if self.world > 1:
+            dist.all_reduce(mean)
+            mean /= self.world
+        line = dict(step=self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)))
+        line["grad_norm_max"] = dict(zip(self.numbers[0], largest.tolist(), strict=True))["grad_norm"]
+        now = time.perf_counter()
+        self.seconds, self.numbers = self.seconds + now - self.since, []
+        line |= dict(lr=self.lr(), samples_per_second=self.args.batch_size * (self.step - self.logged) / (now - self.since), seconds=self.seconds)
+        self.since, self.logged = now, self.step
+        if not torch.isfinite(mean).all():
+            raise InputError(f"loss or gradient is not finite at step {self.step}; nothing of it was saved. Try a lower --lr or --clip, "
+                             "--precision fp32, or look for damaged latents (encode_latents.py --verify); --resume goes back to the last state")
+        if self.rank == 0:
+            text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
+            if not self.args.synthetic:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(text + "\n")
+            tqdm.write(text)
+
+    def save(self):
+        """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
+        if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
+            raise InputError(f"weights are not finite at step {self.step}; not saved. Try a lower --lr or --clip, or --precision fp32")
+        if self.rank == 0:
+            state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
+            for name, p, average in zip(self.names, self.weights, self.average, strict=True):
+                state |= {f"average/{name}": average, **{f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
+            save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
+            states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
+            for path in states:
+                if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
+                    path.unlink()
+        self.since = time.perf_counter()                                          # saving is not training time
+
+
+# ======== end of the shared text ==================================================================================================
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--latents", default="data/latents", help="folder written by encode_latents.py (default %(default)s)")
+    add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes; its shards "
+        "are not needed then (default: none, read the shards)")
+    add("--stats", help="latent statistics in place of those of the student: a latent_stats.safetensors or a published stat.pt")
+    add("--teacher", default="runs/teacher", help="folder, published .pt or .safetensors file, or Hub path; unused with --eta 0 (default %(default)s)")
+    add("--init", default="runs/cmt", help="the student to start from, likewise; a teacher's weights are taken too, with a new embedding of "
+        "t - s (default %(default)s)")
+    add("--out", default="runs/meanflow", help="folder for the network, states and log (default %(default)s)")
+    add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the network, with --synthetic alone (default %(default)s)")
+    add("--steps", type=int, default=180_000, help="of the optimizer (default %(default)s: MF-RAE)")
+    add("--batch-size", type=int, default=256, help="over all devices (default %(default)s: MF-RAE; 128 at 512 px)")
+    add("--eta", type=float, nargs="+", default=[1.0], help="1: MFD, 0: MFT, between: a mixture; two numbers: from the first to the second over "
+        "the run (default 1: MF-RAE)")
+    add("--derivative", choices=("jvp", "fd", "fd-central"), default="jvp", help="of h along the flow: exact, by finite differences within [s, 1], "
+        "or by the published central ones (default %(default)s)")
+    add("--delta-t", type=float, default=0.005, help="step of the finite differences, in t (default %(default)s: MF-RAE)")
+    add("--loss-form", choices=("mean", "published"), default="published", help="the weight of a sample is made of its mean squared error per "
+        "element, or of the square of its summed one (default %(default)s: MF-RAE at XL; small networks: mean, docs/METHOD.md)")
+    add("--loss-power", type=float, default=1.0, help="p of the weight (q + c)^-p (default %(default)s: MF-RAE; 0: plain squared error)")
+    add("--loss-eps", type=float, default=1e-3, help="c of the weight (default %(default)s: MF-RAE)")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
+    add("--lr-final", type=float, help="learning rate at the last step, reached linearly (default: --lr; MF-RAE)")
+    add("--decay-from", type=float, default=0.0, help="part of the run where the decay begins (default %(default)s)")
+    add("--ema", type=float, default=0.9999, help="decay of the weights' average per step (default %(default)s: MF-RAE; 0.9995 at 512 px)")
+    add("--label-dropout", type=float, default=0.1, help="probability of 'no label' (default %(default)s: MF-RAE)")
+    add("--time-shift", type=float, help="a of shift(u) = a u / (1 + (a - 1) u) (default: the student's)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients are accumulated (default: a device's whole share)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
+    add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
+        help="bf16: autocast, weights stay float32 (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, about 1 F more")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="steps between lines of log.jsonl (default %(default)s)")
+    add("--save-every", type=int, default=5000, metavar="STEPS", help="steps between states (default %(default)s)")
+    add("--keep", type=int, default=2, help="newest states kept (default %(default)s)")
+    add("--keep-every", type=int, default=0, metavar="STEPS", help="keep the states at multiples of this for good (default: none)")
+    add("--resume", action="store_true", help="go on from the newest whole state in --out, if there is one")
+    add("--synthetic", type=int, nargs="?", const=256, choices=(256, 512), metavar="PX", help="random latents, labels and networks at the "
+        "real shapes for 256 (default) or 512 px: does it fit, how fast is it? Reads and writes no files")
+    add("--workers", type=int, default=0, help="processes per device that read ahead (default %(default)s: read in place)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args)
+    from encode_latents import TrainingData  # the only other file this stage needs
+    data = TrainingData(args.latents, args.data_path, args.synthetic)
+    needs_teacher = any(args.eta)
+    if args.synthetic:
+        sizes = dict(input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes), **DIT_PRESETS[args.preset])
+        teacher, student, stats = DiTDH(**sizes) if needs_teacher else None, DiTDH(**sizes, time_difference=True), data.stats
+        config = {"time_shift": default_time_shift(data.shape)}
+    else:
+        student, config, stats = load_network(args.init, "student", new="r_embedder.")
+        teacher = load_network(args.teacher, "teacher")[0] if needs_teacher else None
+        stats = load_stats(args.stats) if args.stats else stats if stats is not None else data.stats
+        for name, net in (("--init", student), ("--teacher", teacher)):
+            if net and (net.shape != data.shape or net.num_classes != len(data.classes)):
+                raise InputError(f"{name} is for latents {net.shape} of {net.num_classes} classes, --latents {args.latents} holds {data.shape} of "
+                                 f"{len(data.classes)}")
+        if not args.stats and not all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(stats, data.stats, strict=True)):
+            raise InputError(f"the student was trained with other latent statistics than those in {args.latents}: encode with the same encoder "
+                             "and data, or choose with --stats")
+    shift = config["time_shift"] = args.time_shift or config["time_shift"]
+    h = run.adopt(student, config, stats)
+    v = None
+    if needs_teacher:
+        v = teacher.to(run.device).requires_grad_(False)
+        if args.compile:
+            v.compile()
+    batches = data.batches(args.seed, args.batch_size, run.rows, run.step, args.steps, run.device, args.workers)
+
+    while run.step < args.steps:
+        eta = args.eta[0] + (args.eta[-1] - args.eta[0]) * run.step / max(1, args.steps - 1)
+        losses = []
+        for rows in run.rows:
+            z_0, y = next(batches)
+            u, eps, p = draw(args.seed, run.step, rows, data.shape, run.device)
+            s, t = time_shift(u, shift).sort(dim=1).values.unbind(1)
+            s[1::4], s[2::4], s[3::4] = t[1::4], t[2::4], t[3::4]                 # three rows in four: s = t
+            y = torch.where(p < args.label_dropout, student.num_classes, y)       # once, for all evaluations of the row
+            with run.no_sync(h, rows):
+                with run.autocast():
+                    loss, numbers = meanflow_loss(
+                        lambda z, t, s, y: h(z, t, y, s), v, normalize(z_0, stats), eps, t, s, y, eta, args.derivative, args.delta_t,
+                        args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
+                        h_fixed=lambda z, t, s, y: student.forward(z, t, y, s))
+                (loss / len(run.rows)).backward()
+            losses.append(numbers)
+        grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
+        run.optimizer.param_groups[0]["lr"] = run.lr()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
+        run.end_step(losses, grad_norm)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,294 @@
+"""Stage 1: the flow-matching teacher v(z_t, t, y), a DiT-DH on normalized latents.
+
+Learns the velocity of the probability-flow ODE by regressing the one-point velocity along straight paths z_t = (1 - t) z_0 + t eps:
+
+    E || v(z_t, t, y) - (eps - z_0) ||^2,    t = shift(u), u ~ U(0, 1),  labels dropped with probability 0.1
+
+    python train_teacher.py                                    # one GPU (or CPU): reads data/latents, writes runs/teacher
+    torchrun --nproc_per_node=8 train_teacher.py               # eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_teacher.py     # on each of four nodes
+    python train_teacher.py --synthetic --steps 20             # does XL fit, how fast is it? (random data, no files)
+
+Defaults are those of RAE (arXiv 2510.11690) for ImageNet at 256 px.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from model import (
+    DIT_PRESETS,
+    DiTDH,
+    InputError,
+    command,
+    default_time_shift,
+    generator,
+    load_stats,
+    normalize,
+    provenance,
+    read_json,
+    read_tensors,
+    save_network,
+    time_shift,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+
+def flow_matching_loss(v, z_0, eps, t, y):
+    """Flow matching (arXiv 2210.02747) on straight paths.
+
+    v: (z, t, y) -> velocity; z_0, eps: (B, C, H, W) data and noise; t: (B,) in [0, 1]; y: (B,) int labels, already dropped where
+    they are to be. Returns (the mean squared error per element, {"loss", "mse"}: both the same here)."""
+    t_ = t[:, None, None, None]
+    z_t = (1 - t_) * z_0 + t_ * eps
+    loss = (v(z_t, t, y) - (eps - z_0)).square().mean()
+    return loss, {"loss": loss.detach(), "mse": loss.detach()}
+
+
+def draw(seed, step, rows, shape, device):
+    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B,), eps ~ N(0, I) (B, C, H, W), dropout's uniforms (B,).
+
+    Each block of four rows has a generator of its own, from (seed, step, block): the same numbers however the batch is split."""
+    blocks = []
+    for block in range(rows[0] // 4, rows[1] // 4):
+        g = generator(device, seed, "teacher", step, block)
+        blocks.append([torch.rand(4, generator=g, device=device), torch.randn(4, *shape, generator=g, device=device),
+                       torch.rand(4, generator=g, device=device)])
+    return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+
+
+# ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
+FREE = {"steps", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
+
+
+class Run:
+    """Processes, device, this process's rows of the global batch; the average, optimizer, states, log and signals of a run."""
+
+    def __init__(self, args):
+        self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
+        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError("this GPU has no bf16: --precision fp32")
+        share = args.batch_size // self.world
+        micro = args.micro_batch or share
+        if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
+            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must divide "
+                             "evenly, and a micro-batch be a multiple of 4")
+        self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
+        if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
+            before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
+            other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
+            if other or not args.resume:
+                raise InputError(f"{self.out} holds another run: give another --out" + (f" (there {'; '.join(other)})" if other else
+                                                                                       ", or --resume to go on with it"))
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        torch.manual_seed(args.seed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)                                     # a second one stops at once
+        print("will save and stop after this step (once more: stop at once)", file=sys.stderr, flush=True)
+
+    def adopt(self, net, config, stats):
+        """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
+        args, self.net, self.config, self.stats = self.args, net.to(self.device), config, stats
+        net.checkpoint_activations = args.checkpoint_activations
+        self.names, self.weights = zip(*((name, p) for name, p in net.named_parameters() if p.requires_grad), strict=True)
+        self.average = [p.detach().clone() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        states = [] if args.synthetic else sorted(self.out.glob("state_*.safetensors"), reverse=True)
+        for path in states:
+            try:
+                tensors, about = read_tensors(path, self.device)
+            except InputError as error:
+                print(f"{error}; trying the state before it", file=sys.stderr)
+                continue
+            self.step, self.seconds = int(about["step"]), float(about["seconds"])
+            net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net/")})
+            torch._foreach_copy_(self.average, [tensors[f"average/{name}"] for name in self.names])
+            for name, p in zip(self.names, self.weights, strict=True):
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=self.device),
+                                           **{k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")}}
+            break
+        else:
+            if states:
+                raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
+        if self.rank == 0 and not args.synthetic:
+            write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
+            log = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= self.step]   # no step twice
+            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))
+        self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
+        self.since, self.logged = time.perf_counter(), self.step
+        if args.compile:
+            net.compile()
+        return net if self.world == 1 else nn.parallel.DistributedDataParallel(
+            net, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def lr(self):
+        """Constant, then linear to --lr-final at the last step."""
+        args, begin = self.args, self.args.decay_from * self.args.steps
+        part = max(0.0, (self.step - begin) / max(1.0, args.steps - begin))
+        return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def no_sync(self, network, rows):
+        """Gradients are all-reduced with the step's last micro-batch alone."""
+        return network.no_sync() if self.world > 1 and rows != self.rows[-1] else nullcontext()
+
+    def end_step(self, losses, grad_norm):
+        """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
+
+        losses: for each micro-batch a dict of numbers, tensors on the device or floats."""
+        args, self.step = self.args, self.step + 1
+        self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
+        self.bar.update()
+        if self.world > 1:                                                        # all stop at the same step
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        last = self.step == args.steps or self.signal
+        if last or self.step % args.log_every == 0:
+            self.log()
+        if not args.synthetic and (last or self.step % args.save_every == 0):
+            self.save()
+        if self.signal:
+            print(f"stopped after step {self.step}: the same command with --resume goes on")
+            sys.exit(128 + self.signal)
+
+    def log(self):
+        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
+        table = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in n.values()]) for n in self.numbers])
+        mean, largest = table.mean(0), table.max(0).values
+        if self.world > 1:
+            dist.all_reduce(mean)
+            mean /= self.world
+        line = dict(step=self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)))
+        line["grad_norm_max"] = dict(zip(self.numbers[0], largest.tolist(), strict=True))["grad_norm"]
+        now = time.perf_counter()
+        self.seconds, self.numbers = self.seconds + now - self.since, []
+        line |= dict(lr=self.lr(), samples_per_second=self.args.batch_size * (self.step - self.logged) / (now - self.since), seconds=self.seconds)
+        self.since, self.logged = now, self.step
+        if not torch.isfinite(mean).all():
+            raise InputError(f"loss or gradient is not finite at step {self.step}; nothing of it was saved. Try a lower --lr or --clip, "
+                             "--precision fp32, or look for damaged latents (encode_latents.py --verify); --resume goes back to the last state")
+        if self.rank == 0:
+            text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
+            if not self.args.synthetic:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(text + "\n")
+            tqdm.write(text)
+
+    def save(self):
+        """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
+        if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
+            raise InputError(f"weights are not finite at step {self.step}; not saved. Try a lower --lr or --clip, or --precision fp32")
+        if self.rank == 0:
+            state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
+            for name, p, average in zip(self.names, self.weights, self.average, strict=True):
+                state |= {f"average/{name}": average, **{f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
+            save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
+            states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
+            for path in states:
+                if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
+                    path.unlink()
+        self.since = time.perf_counter()                                          # saving is not training time
+
+
+# ======== end of the shared text ==================================================================================================
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--latents", default="data/latents", help="folder written by encode_latents.py (default %(default)s)")
+    add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes, whose "
+        "statistics are used too; its shards are not needed (default: none, read the shards)")
+    add("--stats", help="latent statistics in place of those of --latents: a latent_stats.safetensors or a published stat.pt")
+    add("--out", default="runs/teacher", help="folder for the network, states and log (default %(default)s)")
+    add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the network (default %(default)s: paper)")
+    add("--steps", type=int, default=1_000_800, help="of the optimizer (default %(default)s: 800 epochs of ImageNet, RAE)")
+    add("--batch-size", type=int, default=1024, help="over all devices (default %(default)s: RAE)")
+    add("--lr", type=float, default=2e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: RAE)")
+    add("--lr-final", type=float, default=2e-5, help="learning rate at the last step, reached linearly (default %(default)s: RAE)")
+    add("--decay-from", type=float, default=0.05, help="part of the run where the decay begins (default %(default)s: epoch 40 of 800)")
+    add("--ema", type=float, default=0.9995, help="decay of the weights' average per step (default %(default)s: RAE)")
+    add("--label-dropout", type=float, default=0.1, help="probability of 'no label' (default %(default)s: RAE)")
+    add("--time-shift", type=float, help="a of shift(u) = a u / (1 + (a - 1) u) (default: sqrt(C H W / 4096), at least 1; RAE)")
+    add("--time-draw", choices=("uniform", "logit-normal"), default="uniform", help="law of u, before the shift (default %(default)s: RAE; "
+        "logit-normal(0, 1): a later release of it)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients are accumulated (default: a device's whole share)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
+    add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
+        help="bf16: autocast, weights stay float32 (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, about 1 F more")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="steps between lines of log.jsonl (default %(default)s)")
+    add("--save-every", type=int, default=5000, metavar="STEPS", help="steps between states (default %(default)s)")
+    add("--keep", type=int, default=2, help="newest states kept (default %(default)s)")
+    add("--keep-every", type=int, default=0, metavar="STEPS", help="keep the states at multiples of this for good (default: none)")
+    add("--resume", action="store_true", help="go on from the newest whole state in --out, if there is one")
+    add("--synthetic", type=int, nargs="?", const=256, choices=(256, 512), metavar="PX", help="random latents, labels and networks at the "
+        "real shapes for 256 (default) or 512 px: does it fit, how fast is it? Reads and writes no files")
+    add("--workers", type=int, default=0, help="processes per device that read ahead (default %(default)s: read in place)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args)
+    from encode_latents import TrainingData  # the only other file this stage needs
+    data = TrainingData(args.latents, args.data_path, args.synthetic)
+    stats = load_stats(args.stats) if args.stats else data.stats
+    shift = args.time_shift or default_time_shift(data.shape)
+    network = dict(input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes), **DIT_PRESETS[args.preset])
+    config = {"kind": "teacher", "network": network, "time_shift": shift, "classes": data.classes, "latents": data.about}
+    v = run.adopt(DiTDH(**network), config, stats)
+    batches = data.batches(args.seed, args.batch_size, run.rows, run.step, args.steps, run.device, args.workers)
+
+    while run.step < args.steps:
+        losses = []
+        for rows in run.rows:
+            z_0, y = next(batches)
+            u, eps, p = draw(args.seed, run.step, rows, data.shape, run.device)
+            if args.time_draw == "logit-normal":
+                u = torch.special.ndtri(u).sigmoid()                              # the uniform's normal quantile, then sigmoid
+            t = time_shift(u, shift)
+            y = torch.where(p < args.label_dropout, network["num_classes"], y)
+            with run.no_sync(v, rows):
+                with run.autocast():
+                    loss, numbers = flow_matching_loss(v, normalize(z_0, stats), eps, t, y)
+                (loss / len(run.rows)).backward()
+            losses.append(numbers)
+        grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
+        run.optimizer.param_groups[0]["lr"] = run.lr()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
+        run.end_step(losses, grad_norm)
+
+
+if __name__ == "__main__":
+    command(main)
