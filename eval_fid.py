@@ -55,20 +55,22 @@ class Moments:
     `update` takes features (B, D), `merge` the Moments of another process. The sums S of outer products about the mean
     join as S_a + S_b + (m_b - m_a)(m_b - m_a)^T n_a n_b / n (Chan et al. 1979), in which nothing cancels."""
     def __init__(self):
-        self.count, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
+        self.count = 0
 
     def update(self, features):
         mean = features.double().mean(0)
         centred = features.double() - mean
-        return self._join(len(features), mean, centred.T @ centred)
+        return self._join(len(features), mean, lambda scatter: scatter.addmm_(centred.T, centred))
 
     def merge(self, other):
-        return self._join(other.count, other.mean, other.scatter) if other.count else self
+        return self._join(other.count, other.mean, lambda scatter: scatter.add_(other.scatter)) if other.count else self
 
-    def _join(self, count, mean, scatter):
-        delta, total = mean - self.mean.to(mean), self.count + count
-        self.scatter = scatter + self.scatter.to(scatter) + torch.outer(delta, delta) * (self.count * count / total)
-        self.count, self.mean = total, self.mean.to(mean) + delta * (count / total)
+    def _join(self, count, mean, add_to):
+        if not self.count:
+            self.mean, self.scatter = torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean))
+        delta, total = mean - self.mean, self.count + count
+        add_to(self.scatter).addr_(delta, delta, alpha=self.count * count / total)
+        self.count, self.mean = total, self.mean + delta * (count / total)
         return self
 
     @property
@@ -77,7 +79,7 @@ class Moments:
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6) from (D,), (D, D), (D,), (D, D),
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6): (D,), (D, D), (D,), (D, D),
     tensors or arrays -> float >= 0.
 
     Its last trace is the sum of the roots of a symmetric matrix's eigenvalues; these roots are the singular values of
@@ -87,7 +89,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     moments = [torch.as_tensor(x).double() for x in (mean_1, cov_1, mean_2, cov_2)]
     mean_1, cov_1, mean_2, cov_2 = moments
     if mean_1.dim() != 1 or mean_2.shape != mean_1.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
-        raise InputError(f"moments of shapes {[tuple(x.shape) for x in moments]} do not fit: use the same features")
+        raise InputError(f"moments of shapes {[tuple(x.shape) for x in moments]} do not fit: use one kind of features")
     if not all(x.isfinite().all() for x in moments):
         raise InputError("a mean or covariance is not finite: it is of fewer than 2 images, or its file is damaged")
     roots = []
@@ -119,10 +121,15 @@ def precision_recall(real, fake, k=K, block=2048):
         norms = a.square().sum(1)[:, None] + b.square().sum(1)
         return torch.addmm(norms, a, b.T, alpha=-2), 1e-13 * norms                # and what rounding may do to them
 
-    def squared_radii(x):                                     # the k + 1 st smallest: a point's nearest is itself
-        nearest = [torch.cat([squared_distances(a, b)[0].topk(min(k + 1, len(b)), largest=False).values
-                              for b in x.split(block)], 1) for a in x.split(block)]
-        return torch.cat(nearest).topk(k + 1, largest=False).values[:, k]
+    def squared_radii(x):
+        parts = x.split(block)
+        nearest = [[] for _ in parts]                         # k + 1 of every part: a point's nearest is itself
+        for i, a in enumerate(parts):
+            for j, b in enumerate(parts[:i + 1]):             # each pair of parts once
+                distances = squared_distances(a, b)[0]
+                for of, d in [(i, distances)] + [(j, distances.T)] * (j < i):
+                    nearest[of].append(d.topk(min(k + 1, d.shape[1]), largest=False).values)
+        return torch.cat([torch.cat(near, 1).topk(k + 1, largest=False).values[:, k] for near in nearest])
 
     of_real, of_fake = squared_radii(real).split(block), squared_radii(fake).split(block)
     in_real, in_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
@@ -385,10 +392,10 @@ def main(argv=None):
         raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one size "
                          "(a reference folder is brought to --image-size)")
     if min(map(len, sources), default=K + 1) <= K:
-        raise InputError(f"{min(map(len, sources))} images are too few: {K + 1} at least, for a published number 50,000")
+        raise InputError(f"{min(map(len, sources))} images are too few: give {K + 1} at least, to publish it 50,000")
     network = load_features(args, sizes.pop() if sizes else 256, device)
     used = stored.about["features"] if stored else {"width": len(moments[0])} if moments else {}
-    if any(used[key] != network[0].get(key) for key in used.keys() - {"file", "source", "encoder"}):    # not where it lies
+    if any(used[key] != network[0].get(key) for key in used.keys() - {"file", "source", "id"}):     # wherever it lies
         raise InputError(f"{args.reference} is of other features, {used}, than {network[0]}: make or get one of these")
 
     reference = stored or SimpleNamespace(features=torch.empty(0), about={})

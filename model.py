@@ -32,13 +32,13 @@ DIT_PRESETS = {
     "DiTDH-XL": dict(hidden_size=(1152, 2048), depth=(28, 2), num_heads=(16, 16)),
     "DiTDH-B": dict(hidden_size=(768, 2048), depth=(12, 2), num_heads=(12, 16)),
     "DiTDH-S": dict(hidden_size=(384, 2048), depth=(12, 2), num_heads=(6, 16)),
-    "DiTDH-mini": dict(hidden_size=(192, 256), depth=(4, 1), num_heads=(4, 4)),   # the sanity run's: a few CPU minutes
+    "DiTDH-mini": dict(hidden_size=(128, 192), depth=(4, 1), num_heads=(4, 4)),   # the sanity run's: a few CPU minutes
 }
 DECODER_PRESETS = {
     "ViT-XL": dict(hidden_size=1152, depth=28, num_heads=16, mlp_size=4096),
     "ViT-L": dict(hidden_size=1024, depth=24, num_heads=16, mlp_size=4096),
     "ViT-B": dict(hidden_size=768, depth=12, num_heads=12, mlp_size=3072),
-    "ViT-mini": dict(hidden_size=192, depth=3, num_heads=4, mlp_size=768),        # the sanity run's
+    "ViT-mini": dict(hidden_size=192, depth=2, num_heads=4, mlp_size=768),        # the sanity run's
 }
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)              # ImageNet's, as DINOv2 takes them
 

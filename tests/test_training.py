@@ -1,0 +1,299 @@
+"""The training stages as programs: splitting and resuming change nothing, the student starts as the teacher, mistakes are one line."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import encode_latents
+import model
+import sample
+import train_cmt
+import train_meanflow
+import train_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"teacher": train_teacher, "cmt": train_cmt, "meanflow": train_meanflow}
+TINY = dict(hidden_size=(32, 48), depth=(2, 1), num_heads=(2, 2))
+model.DIT_PRESETS["tiny"] = TINY
+
+
+def random_images(folder, classes=3, each=12):
+    g = numpy.random.default_rng(0)
+    for k in range(classes):
+        (folder / f"class{k}").mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=numpy.uint8)).save(folder / f"class{k}" / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """Images, latents, a teacher and a CMT student, each made by its own script."""
+    home = tmp_path_factory.mktemp("home")
+    random_images(home / "images")
+    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--image-size", "16", "--encoder-size", "16", "--workers", "0",
+                         "--encoder", "random:width=12,depth=1,heads=2,patch=4,seed=0"])
+    train(home, "teacher", f"{home}/teacher", "--steps", "8")
+    train(home, "cmt", f"{home}/cmt")
+    return home
+
+
+def arguments(home, stage, out, *more):
+    """A short run of a stage: 6 steps of 16 rows, with a save at step 3."""
+    inputs = {"teacher": ["--latents", f"{home}/latents", "--preset", "tiny", "--time-shift", "3"],
+              "cmt": ["--teacher", f"{home}/teacher", "--teacher-steps", "4", "--pairs", "8", "--pool-age", "4"],
+              "meanflow": ["--latents", f"{home}/latents", "--teacher", f"{home}/teacher", "--init", f"{home}/cmt",
+                           "--loss-form", "mean", "--eta", "1", "0.5"]}[stage]
+    return [*inputs, "--out", str(out), "--steps", "6", "--batch-size", "16", "--lr", "1e-3", "--save-every", "3", "--log-every", "1", "--keep", "9",
+            "--precision", "fp32", *map(str, more)]
+
+
+def train(home, stage, out, *more):
+    STAGES[stage].main(arguments(home, stage, out, *more))
+
+
+def weights(folder, name="model.safetensors"):
+    return model.read_tensors(Path(folder) / name)[0]
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def process(rank, world, port, argv, stage):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    STAGES[stage].main(argv)
+    torch.distributed.destroy_process_group()
+
+
+def train_on(world, home, stage, out, *more):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(process, (world, port, arguments(home, stage, out, *more), stage), nprocs=world)
+
+
+def close(a, b, tolerance):
+    difference = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a) ** 0.5
+    return difference <= tolerance * sum(float(v.double().square().sum()) for v in a.values()) ** 0.5
+
+
+def test_the_shared_text_is_the_same():
+    blocks = {re.search(r"# =+ The same text in.*?# =+ end of the shared text =+\n", (ROOT / f"train_{stage}.py").read_text(), re.S)[0] for stage in STAGES}
+    assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_splitting_changes_nothing(home, tmp_path, stage):
+    """Micro-batches, and two processes (Gloo), one of them with micro-batches: losses and weights of one process, to 1e-5."""
+    train(home, stage, tmp_path / "one")
+    train(home, stage, tmp_path / "micro", "--micro-batch", "4")
+    train_on(2, home, stage, tmp_path / "two", "--micro-batch", "4")
+    for other in ("micro", "two"):
+        assert close(weights(tmp_path / "one"), weights(tmp_path / other), 1e-5)
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_and_resumed_is_bit_identical(home, tmp_path, stage):
+    """Stopped at step 3, the newest state (of step 5, say) damaged, resumed: the weights, states and log of the undisturbed run."""
+    train(home, stage, tmp_path / "whole")
+    fractions = [] if stage == "cmt" else []
+    train(home, stage, tmp_path / "parts", "--save-every", "1", "--keep", "3", *fractions)
+    states = sorted((tmp_path / "parts").glob("state_*"))
+    assert [p.name for p in states] == [f"state_{k:08d}.safetensors" for k in (4, 5, 6)]
+    states[2].unlink()                            # killed before the last state was there,
+    content = bytearray(states[1].read_bytes())   # and one bit of the one before it has turned since
+    content[-5] ^= 1
+    states[1].write_bytes(content)
+    train(home, stage, tmp_path / "parts", "--save-every", "1", "--resume")
+    a, b = (weights(tmp_path / run, "state_00000006.safetensors") for run in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (weights(tmp_path / run) for run in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in log(tmp_path / "parts")] == [line["loss"] for line in log(tmp_path / "whole")]
+
+
+def test_two_processes_go_on_as_one(home, tmp_path):
+    train(home, "meanflow", tmp_path / "whole")
+    train_on(2, home, "meanflow", tmp_path / "parts", "--steps", "6", "--save-every", "2")
+    for path in (tmp_path / "parts").glob("state_0000000[46]*"):
+        path.unlink()
+    train(home, "meanflow", tmp_path / "parts", "--resume", "--micro-batch", "8")
+    assert close(weights(tmp_path / "whole"), weights(tmp_path / "parts"), 1e-5)
+
+
+def test_the_student_starts_as_the_teacher(home, capsys):
+    teacher = model.load_network(home / "teacher")[0]
+    for p in teacher.parameters():                # away from the zero initialization, where all would agree
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    student = model.DiTDH(**TINY, input_size=4, in_channels=12, num_classes=3, time_difference=True)
+    model.load_strictly(student, teacher.state_dict(), new="r_embedder.")
+    assert "r_embedder.W" in capsys.readouterr().out
+    z, t, y = torch.randn(4, 12, 4, 4), torch.tensor([1, 0.8, 0.5, 0.1]), torch.arange(4)
+    for s in (t, t / 2, 0 * t):
+        assert torch.equal(student(z, t, y, s), teacher(z, t, y))
+
+
+def test_what_a_run_leaves_behind(home):
+    run = json.loads((home / "cmt" / "run.json").read_text())
+    assert run["settings"]["teacher"] == f"{home}/teacher" and {"command", "torch", "host", "device", "date"} <= run.keys()
+    assert {"step", "loss", "mse", "grad_norm", "lr", "samples_per_second", "seconds"} <= log(home / "cmt")[0].keys()
+    config = json.loads((home / "cmt" / "config.json").read_text())
+    assert config["kind"] == "student" and config["time_shift"] == 3 and config["classes"] == ["class0", "class1", "class2"]
+
+
+def test_trajectory_pool(home):
+    """Pairs are points of the teacher's own trajectories at their true times, and no older than the pool's age."""
+    teacher, config, _ = model.load_network(home / "teacher")
+    times = model.ode_times(4, config["time_shift"])
+    solved = []
+
+    def solve(z, y):
+        solved.append(len(z))
+        return model.solve_ode(lambda z, t: teacher(z, t, y), z, times)
+    pool = train_cmt.TrajectoryPool(solve, teacher.shape, times, range(2), 8, 0, 3, 0.1, 0, torch.device("cpu"))
+    for step in range(20):
+        if step and step % pool.quarter == 0:
+            pool.renew(step // pool.quarter + 3)
+        z_t, z_s, t, s, y, age = pool.pairs(step, (0, 16), 8)
+        assert (age >= 0).all() and (age < 8).all() and (t > s).all()
+        assert {float(x) for x in torch.cat([t, s])} <= {float(torch.tensor(x)) for x in times}
+    assert sum(solved) == 2 * (8 + 9 * 2)         # a trajectory per group and step on average: 9 renewals of a quarter
+    again = train_cmt.TrajectoryPool(solve, teacher.shape, times, range(2), 8, 0, 3, 0.1, 19, torch.device("cpu"))
+    assert torch.equal(again.points, pool.points) and torch.equal(again.born, pool.born)      # what a resumed run rebuilds
+    group, slot, i = 1, 3, 1                      # one step of Euler by hand
+    z, y = pool.points[group, slot], pool.y[group, slot]
+    with torch.no_grad():
+        step = z[i] - (times[i] - times[i + 1]) * teacher(z[i][None], torch.tensor([times[i]]), y[None])[0]
+    assert torch.allclose(z[i + 1], step, atol=1e-6)
+
+
+def test_rows_with_a_jump(home):
+    """Every fourth row of the draw has s < t, so each micro-batch its share; where s = t, t is the larger of two."""
+    u = train_meanflow.draw(0, 0, (0, 4000), (1, 1, 1), torch.device("cpu"))[0]
+    s, t = model.time_shift(u, 6.93).sort(dim=1).values.unbind(1)
+    assert t.mean() == pytest.approx(0.90, abs=0.01)                              # METHOD: mean t 0.90
+    again = train_meanflow.draw(0, 0, (2000, 2008), (1, 1, 1), torch.device("cpu"))
+    assert torch.equal(again[0], u[2000:2008])
+
+
+# ---- mistakes: one line, exit status 2, no traceback, nothing half-written -------------------------------------------------------
+def complain(script, *argv, status=2):
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{script}: error: "), done.stderr
+    return last
+
+
+def test_mistakes(home, tmp_path):
+    new = tmp_path / "new"
+    expected = [
+        ("train_teacher.py", ["--latents", tmp_path / "none", "--out", new], "encode_latents.py"),
+        ("train_cmt.py", ["--teacher", "runs/none", "--out", new], "does not exist"),
+        ("train_cmt.py", ["--teacher", home / "cmt", "--out", new], "is a student, a teacher is needed"),
+        ("train_meanflow.py", ["--teacher", home / "cmt", "--init", home / "cmt", "--latents", home / "latents", "--out", new], "a teacher is needed"),
+        ("train_teacher.py", ["--latents", home / "latents", "--batch-size", 18, "--out", new], "multiple of 4"),
+        ("train_cmt.py", ["--teacher", home / "teacher", "--batch-size", 32, "--pairs", 20, "--out", new], "--pairs"),
+        ("train_teacher.py", ["--latents", home / "latents", "--out", home / "teacher"], "another run"),
+        ("train_teacher.py", ["--latents", home / "latents", "--out", home / "cmt", "--resume"], "another run"),
+        ("sample.py", [home / "latents"], "config.json"),
+    ]
+    for script, argv, words in expected:
+        assert words in complain(script, *argv)
+    assert not new.exists()
+
+
+def test_networks_that_do_not_fit(home, tmp_path):
+    """Latents and student of different shapes, classes or statistics."""
+    def fails(words, **changes):
+        state, config = weights(home / "cmt"), json.loads((home / "cmt" / "config.json").read_text())
+        stats = tuple(weights(home / "cmt", "latent_stats.safetensors")[k] for k in ("mean", "var"))
+        network = model.DiTDH(**{**config["network"], **changes.get("network", {})})
+        model.save_network(tmp_path / "other", network.state_dict() if "network" in changes else state,
+                           {**config, "network": {**config["network"], **changes.get("network", {})}},
+                           (stats[0] + changes.get("shift", 0), stats[1]))
+        with pytest.raises(model.InputError, match=words):
+            train(home, "meanflow", tmp_path / "out", "--init", tmp_path / "other")
+        assert not (tmp_path / "out").exists()
+    fails("latents", network={"in_channels": 16})
+    fails("4 classes", network={"num_classes": 4})
+    fails("statistics", shift=0.1)
+
+
+@pytest.mark.parametrize("script", ["encode_latents.py", "train_teacher.py", "train_cmt.py", "train_meanflow.py", "sample.py", "eval_fid.py"])
+def test_help_is_quick(script):
+    best = 99
+    for _ in range(3):                            # a busy machine is not the script's fault
+        start = time.perf_counter()
+        assert "usage" in subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
+        best = min(best, time.perf_counter() - start)
+        if best < 5:
+            break
+    assert best < 5
+
+
+def test_a_broken_state_is_never_saved(home, tmp_path):
+    with pytest.raises(model.InputError, match="not finite.*--lr"):
+        train(home, "teacher", tmp_path / "out", "--lr", "1e30", "--lr-final", "1e30", "--save-every", "100")
+    assert not list((tmp_path / "out").glob("state_*"))
+
+
+def test_a_signal_saves_and_stops(home, tmp_path):
+    argv = arguments(home, "teacher", tmp_path / "out", "--steps", "100000", "--save-every", "100000")
+    argv[argv.index("tiny")] = "DiTDH-mini"
+    child = subprocess.Popen([sys.executable, ROOT / "train_teacher.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert '"step": 1' in child.stdout.readline()
+    child.terminate()
+    rest = child.communicate(timeout=60)[0]
+    assert child.returncode == 128 + 15 and "--resume goes on" in rest, rest
+    states = list((tmp_path / "out").glob("state_*"))
+    assert len(states) == 1 and int(model.read_tensors(states[0])[1]["step"]) == log(tmp_path / "out")[-1]["step"]
+
+
+def test_sampling_from_what_was_trained(home, tmp_path):
+    """Noise and labels depend on the seed and the number of the image alone; an interrupted run goes on; the file is ADM's."""
+    decoder = model.ViTDecoder(4, 12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
+    model.save_network(tmp_path / "decoder", decoder.state_dict(), {"kind": "decoder", "network": dict(
+        input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)}, model.load_stats(home / "latents"))
+
+    def run(name, *more):
+        sample.main([f"{home}/{'teacher' if 'teacher' in name else 'cmt'}", "--decoder", f"{tmp_path}/decoder", "--num-samples", "20",
+                     "--out", f"{tmp_path}/{name}.npz", *more])
+        file = numpy.load(tmp_path / f"{name}.npz")
+        return file["arr_0"], file["arr_1"]
+    images, labels = run("a", "--batch-size", "8", "--grid", f"{tmp_path}/grid.png")
+    assert images.shape == (20, 16, 16, 3) and images.dtype == numpy.uint8 and images.flags.c_contiguous
+    assert labels.tolist() == [i % 3 for i in range(20)] and Image.open(tmp_path / "grid.png").size[0] > 100
+    other, _ = run("b", "--batch-size", "5")
+    assert abs(images.astype(int) - other).max() <= 1
+    with pytest.raises(RuntimeError, match="interrupted"):
+        original, calls = sample.to_uint8, []
+
+        def interrupted(*a):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("interrupted")
+            return original(*a)
+        sample.to_uint8 = interrupted
+        try:
+            run("c", "--batch-size", "8")
+        finally:
+            sample.to_uint8 = original
+    assert not (tmp_path / "c.npz").exists() and (tmp_path / "c.part").exists()
+    assert numpy.array_equal(run("c", "--batch-size", "8")[0], images) and not (tmp_path / "c.part").exists()
+    assert run("teacher", "--nfe", "4", "--solver", "heun")[0].shape == images.shape
+    with pytest.raises(model.InputError, match="other settings"):
+        run("a", "--seed", "7")
