@@ -242,6 +242,8 @@ def dinov2(source, device):
     from transformers import AutoConfig, AutoModel
     with complaint(f"--features {source}: not inception, dinov2 or encoder:SPEC, and no DINOv2 by this name",
                    "give one of these, or a DINOv2's folder or Hub id"):
+        if "/" not in source and not Path(source).exists():                       # no need to ask the Hub
+            raise ValueError("neither a folder nor ORGANIZATION/NAME")
         if AutoConfig.from_pretrained(source).model_type not in ("dinov2", "dinov2_with_registers"):
             raise ValueError("another kind of network")
         net = AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(device)

@@ -32,7 +32,7 @@ DIT_PRESETS = {
     "DiTDH-XL": dict(hidden_size=(1152, 2048), depth=(28, 2), num_heads=(16, 16)),
     "DiTDH-B": dict(hidden_size=(768, 2048), depth=(12, 2), num_heads=(12, 16)),
     "DiTDH-S": dict(hidden_size=(384, 2048), depth=(12, 2), num_heads=(6, 16)),
-    "DiTDH-mini": dict(hidden_size=(128, 192), depth=(4, 1), num_heads=(4, 4)),   # the sanity run's: a few CPU minutes
+    "DiTDH-mini": dict(hidden_size=(96, 160), depth=(4, 1), num_heads=(3, 5)),    # the sanity run's: a few CPU minutes
 }
 DECODER_PRESETS = {
     "ViT-XL": dict(hidden_size=1152, depth=28, num_heads=16, mlp_size=4096),
@@ -567,8 +567,7 @@ def load_decoder(source):
     if path.is_dir():
         config = read_json(path / "config.json")
         if config.get("_class_name") == "AutoencoderRAE":
-            tensors = read_state(path / "diffusion_pytorch_model.safetensors")
-            return decoder_from_diffusers(tensors, config)
+            return decoder_from_diffusers(read_state(path / "diffusion_pytorch_model.safetensors"), config)
         if config.get("kind") != "decoder":
             raise InputError(f"{source} is a {config.get('kind')}, not a decoder")
         state, stats = read_state(path / "model.safetensors"), load_stats(path / "latent_stats.safetensors")
@@ -587,6 +586,53 @@ def decoder_arguments(state):
         return dict(input_size=math.isqrt(state["decoder_pos_embed"].shape[1] - 1), in_channels=channels, patch_size=patch_size, **preset)
     except (KeyError, StopIteration) as error:
         raise InputError("not a decoder of a known size: see DECODER_PRESETS in model.py") from error
+
+
+DIFFUSERS_NAMES = (("attention.attention.query", "attention.to_q"), ("attention.attention.key", "attention.to_k"),
+                   ("attention.attention.value", "attention.to_v"), ("attention.output.dense", "attention.to_out.0"))
+
+
+def decoder_from_diffusers(tensors, config):
+    """(decoder, stats or None) from the tensors and config.json of an `AutoencoderRAE` folder. It stores sqrt(var + 1e-5)."""
+    state = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+    for ours, theirs in DIFFUSERS_NAMES:
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
+    decoder = ViTDecoder(config["encoder_input_size"] // config["encoder_patch_size"], config["encoder_hidden_size"],
+                         config["decoder_hidden_size"], config["decoder_num_hidden_layers"], config["decoder_num_attention_heads"],
+                         config["decoder_intermediate_size"], config["patch_size"])
+    load_strictly(decoder, {"decoder_pos_embed": decoder.decoder_pos_embed.detach()} | state)     # the table is not always stored
+    mean, std = (tensors[name].double() for name in ("_latents_mean", "_latents_std"))
+    return decoder, None if std.numel() == 1 else (mean.expand(decoder.shape).clone(), std.square() - 1e-5)
+
+
+def export_autoencoder(folder, decoder, stats, encoder):
+    """Encoder (encode_latents.Encoder), decoder and statistics as a folder that diffusers' AutoencoderRAE.from_pretrained loads.
+
+    That class (diffusers 0.42) builds its position table for a 16 x 16 base, adds 1e-5 to the stored deviation again, and makes
+    its encoder with heads of 64 channels and positions for 518 px: InputError for an encoder unlike that."""
+    net = encoder.net.config
+    if net.hidden_size != 64 * net.num_attention_heads or net.image_size != 518 or encoder.shape != decoder.shape:
+        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.source}: it wants DINOv2's heads of 64 channels, its positions "
+                         f"for 518 px, and the decoder's latents {decoder.shape}")
+    if decoder.shape[1] != 16:
+        print(f"warning: at {decoder.shape[1]} x {decoder.shape[1]} tokens AutoencoderRAE of diffusers 0.42 uses other positions than RAE's "
+              "(those of a 16 x 16 base): it will decode differently")
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.net.state_dict().items()}
+    for name, tensor in decoder.state_dict().items():
+        for ours, theirs in DIFFUSERS_NAMES:
+            name = name.replace(ours, theirs)
+        tensors[f"decoder.{name}"] = tensor
+    del tensors["decoder.decoder_pos_embed"]
+    tensors |= {"encoder_mean": torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), "encoder_std": torch.tensor(IMAGE_STD).view(1, 3, 1, 1),
+                "_latents_mean": stats[0].float(), "_latents_std": (stats[1] + 1e-5).sqrt().float()}
+    layer = decoder.decoder_layers[0]
+    write_json(Path(folder) / "config.json", {
+        "_class_name": "AutoencoderRAE", "encoder_type": "dinov2", "encoder_hidden_size": net.hidden_size, "encoder_patch_size": net.patch_size,
+        "encoder_num_hidden_layers": net.num_hidden_layers, "encoder_input_size": encoder.encoder_size, "patch_size": decoder.patch_size,
+        "decoder_hidden_size": decoder.decoder_embed.out_features, "decoder_num_hidden_layers": len(decoder.decoder_layers),
+        "decoder_num_attention_heads": layer.heads, "decoder_intermediate_size": layer.intermediate["dense"].out_features,
+        "latents_mean": stats[0].float().tolist(), "latents_std": tensors["_latents_std"].tolist()})
+    write_tensors(Path(folder) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
 
 
 def load_stats(source):

@@ -68,7 +68,7 @@ def quality(decoder, z, x):
 
 
 def open_pairs(data_path, folder, device):
-    """Latents, the images they were made of, and the encoder that made them; InputError where they do not belong together."""
+    """Latents, the images they were made of, and their encoder; InputError where they do not belong together."""
     latents = Latents(folder)
     about, settings = latents.description["encoder"], latents.description
     images = Images(data_path, about["image_size"])

@@ -209,6 +209,7 @@ def odd_images():
     return odd
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_odd_and_broken_images(tmp_path):
     odd = odd_images()
     assert len(odd) >= 30

@@ -1,0 +1,347 @@
+"""The sanity run's report: a table of distances and accuracies, what must hold and whether it does, and one picture.
+
+    python sanity/report.py --run runs/sanity --data data/digits           # -> report.md, report.json, picture.png in --run
+    python sanity/report.py --run runs/cifar --data cifar/train.zip --held-out cifar/held-out.zip --samples \\
+        "teacher 50=samples/teacher_50.npz:50" "MFD 1=samples/mfd_1.npz:1"       # name=file:nfe, as many as there are
+
+Frechet distances to the held-out real images in two feature spaces: the latents' encoder, its tokens averaged over the grid;
+and the last hidden layer of a small convolutional classifier, fitted here to the real training images and kept in --run. The
+class accuracy is that classifier's. Sample files are sample.py's: image i of each has the same noise, and the label i mod K.
+"""
+import argparse
+import hashlib
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from torch import nn  # noqa: E402
+
+from encode_latents import Encoder, Images, Latents, RowSampler  # noqa: E402
+from eval_fid import Moments, complaint, frechet_distance  # noqa: E402
+from model import (  # noqa: E402
+    InputError,
+    command,
+    load_decoder,
+    provenance,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from sample import to_uint8  # noqa: E402
+
+COLUMNS = ("teacher 50", "teacher 1", "CMT 1", "MFD 1", "MFD 2", "MFT 1")
+BATCH = 250
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The classifier: a judge that has nothing to do with the encoder
+# ----------------------------------------------------------------------------------------------------------------------
+class Classifier(nn.Module):
+    """uint8 images (B, 3, S, S) -> features (B, 128) and, through `head`, logits (B, classes)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        layers = []
+        for before, width in ((3, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*layers, nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, images):
+        return self.trunk(images.float() / 127.5 - 1).mean((2, 3))
+
+
+def fit(images, labels, classes, steps, seed, device):
+    """A classifier fitted to real images: AdamW on the cross entropy, batches of 128."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(classes).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    start = time.time()
+    for step, rows in enumerate(RowSampler(len(images), seed, 128, [(0, 128)], 0, steps), 1):
+        loss = F.cross_entropy(net.head(net(images[rows].to(device))), labels[rows].to(device))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % max(1, steps // 4) == 0:
+            print(f"classifier, step {step} of {steps}: cross entropy {loss:.3f}; {time.time() - start:.0f} s", flush=True)
+    return net.eval()
+
+
+def classifier(path, train, sample, steps, seed, device):
+    """The classifier kept at `path`, when it was fitted to these images with these settings; otherwise fitted, and kept there.
+
+    The images are known by their names and by the pixels of `sample`, some of them, read already."""
+    key = hashlib.sha256(json.dumps([train.classes, train.paths, train.image_size, steps, seed]).encode())
+    key.update(sample.numpy())
+    net = Classifier(len(train.classes))
+    if path.exists():
+        tensors, about = read_tensors(path)
+        if about.get("key") == key.hexdigest():
+            net.load_state_dict(tensors)
+            print(f"classifier: {path}, fitted before")
+            return net.to(device).eval()
+    net = fit(*read(train, range(len(train))), len(train.classes), steps, seed, device)
+    write_tensors(path, net.state_dict(), {"key": key.hexdigest()})
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images in, numbers out
+# ----------------------------------------------------------------------------------------------------------------------
+def read(images, indices):
+    """-> uint8 (N, 3, S, S), labels (N,)"""
+    parts = [images.__getitems__(list(indices[i:i + BATCH])) for i in range(0, len(indices), BATCH)]
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def read_samples(path, size, classes):
+    """A sample file -> uint8 (N, 3, S, S), labels (N,), which must be i mod `classes`."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: python sample.py --out {path} makes it, or name the files with --samples")
+    with complaint(f"{path} is not a readable sample file", "make it again with sample.py"), np.load(path) as file:
+        images, labels = file["arr_0"], torch.from_numpy(file["arr_1"])
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or len(images) != len(labels):
+        raise InputError(f"{path} holds {images.dtype} images {images.shape}, needed are uint8 (N, {size}, {size}, 3)")
+    if len(images) < classes or not torch.equal(labels, torch.arange(len(labels)) % classes):
+        raise InputError(f"{path}: image i must have the label i mod {classes}, and every class be there: sample.py's default")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+@torch.no_grad()
+def measure(images, labels, encoder, net, device):
+    """-> Moments of the encoder's pooled tokens, Moments of the classifier's features, the classifier's accuracy."""
+    pooled, hidden, hits = Moments(), Moments(), 0
+    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        x = x.to(device)
+        features = net(x)
+        pooled.update(encoder(x).mean((2, 3)))
+        hidden.update(features)
+        hits += (net.head(features).argmax(1).cpu() == y).sum().item()
+    return pooled, hidden, hits / len(labels)
+
+
+def distance(a, b):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")            # normalized tokens have a singular covariance: no news here
+        return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+@torch.no_grad()
+def decode(images, encoder, decoder, device):
+    """Images through encoder and decoder, the latents rounded to float16 as they are on disk: uint8 like `images`."""
+    parts = [to_uint8(decoder(encoder(x.to(device)).half().float())).permute(0, 3, 1, 2).cpu() for x in images.split(BATCH)]
+    return torch.cat(parts)
+
+
+def likeness(images, teacher, classes):
+    """How far images are from the teacher's of the same noise, in units of how far they are from its images of the same class
+    and other noise (mean squared pixel error): 0 is the same picture, 1 an unrelated one."""
+    n = min(len(images), len(teacher))
+    x, t = images[:n].float(), teacher[:n].float()
+    other = (x - t.roll(classes, 0)).square().mean().item()
+    return (x - t).square().mean().item() / other if other else 0.0
+
+
+def judge(rows, held_out_accuracy, floor_count):
+    """What must hold (the sanity run's aims) -> [(statement, figures, whether it holds)], for the rows that there are."""
+    lines = [("at least 5,000 images behind every distance, on both sides",
+              f"fewest: {(fewest := min([floor_count] + [row['count'] for row in rows.values()])):,}", fewest >= 5000),
+             ("the classifier can judge: accuracy on held-out real images at least 0.98", f"{held_out_accuracy:.4f}",
+              held_out_accuracy >= 0.98)]
+
+    def compare(statement, name, other, holds):
+        if name in rows and other in rows:
+            for space in ("encoder", "classifier"):
+                a, b = rows[name][space], rows[other][space]
+                lines.append((f"{statement}, {space} features", f"{a:.3g} against {b:.3g}", holds(a, b)))
+
+    compare("MFD in 1 step at most 1.2 times the teacher in 50", "MFD 1", "teacher 50", lambda a, b: a <= 1.2 * b)
+    if "MFD 1" in rows:
+        accuracy = rows["MFD 1"]["accuracy"]
+        lines.append(("class accuracy of MFD in 1 step at least 0.90", f"{accuracy:.4f}", accuracy >= 0.90))
+        if "teacher 50" in rows:
+            teacher = rows["teacher 50"]["accuracy"]
+            lines.append(("... and at most 2 points below the teacher's in 50", f"{accuracy:.4f} against {teacher:.4f}",
+                          accuracy >= teacher - 0.02))
+    for other in ("teacher 50", "MFD 1"):
+        compare(f"teacher in 1 step far worse (5 times or more) than {other}", "teacher 1", other, lambda a, b: a >= 5 * b)
+    compare("teacher in 1 step worse than CMT in 1 step", "teacher 1", "CMT 1", lambda a, b: a > b)
+    compare("CMT in 1 step clearly worse (2 times or more) than MFD in 1", "CMT 1", "MFD 1", lambda a, b: a >= 2 * b)
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+# ----------------------------------------------------------------------------------------------------------------------
+def read_seconds(run):
+    """{stage: seconds} from timings.json, or from the lines `stage seconds` of seconds.txt; a later line counts."""
+    if (run / "timings.json").exists():
+        return read_json(run / "timings.json")
+    lines = (run / "seconds.txt").read_text().splitlines() if (run / "seconds.txt").exists() else []
+    return {name: float(seconds) for name, _, seconds in (line.rpartition(" ") for line in lines) if name}
+
+
+def draw_picture(path, columns, names):
+    """PNG: a row for each of `names`, a column for each of `columns`, a dict title -> uint8 (rows, 3, S, S)."""
+    size = next(iter(columns.values())).shape[2]
+    cell, gap, font = size * max(1, 96 // size), 4, ImageFont.load_default(14)
+    left, top = int(max(font.getlength(name) for name in names)) + 12, 26
+    picture = Image.new("RGB", (left + len(columns) * (cell + gap), top + len(names) * (cell + gap)), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        pen.text((left - 6, top + row * (cell + gap) + cell / 2), name, fill="black", font=font, anchor="rm")
+    for column, (title, images) in enumerate(columns.items()):
+        x = left + column * (cell + gap)
+        pen.text((x + cell / 2, top / 2), title, fill="black", font=font, anchor="mm")
+        for row, image in enumerate(images):
+            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
+            picture.paste(image, (x, top + row * (cell + gap)))
+    write_atomically(path, lambda beside: picture.save(beside, "PNG", optimize=True))
+
+
+def write_report(path, about, rows, checks, seconds):
+    """report.md from the numbers of report.json."""
+    encoder = about["encoder"]["id"]
+    if encoder.startswith("random:"):
+        plain = (f"**The encoder is random** (`{encoder}`, weights from a seed): it is not the paper's DINOv2, and no figure here "
+                 "can stand beside a published FID. What the report shows is whether every stage does its work.")
+    else:
+        plain = f"The encoder is `{encoder}`. The features below are not Inception's: no figure can stand beside a published FID."
+    lines = ["# Report of a run", "", plain, "", "![picture](picture.png)", "",
+             "Rows are classes; along a row, the generated images have the same noise. Decoded real: the real image through "
+             "encoder and decoder.", "",
+             "| | NFE | Frechet distance, encoder | Frechet distance, classifier | class accuracy | likeness | images | "
+             "training s | sampling s |", "|---|---|---|---|---|---|---|---|---|"]
+
+    def cell(value, form):
+        return "" if value is None else format(value, form)
+
+    for name, row in rows.items():
+        lines.append(f"| {name} | {cell(row.get('nfe'), '')} | {row['encoder']:.3g} | {row['classifier']:.3g} | "
+                     f"{row['accuracy']:.4f} | {cell(row.get('likeness'), '.3f')} | {row['count']:,} | "
+                     f"{cell(row['training_seconds'], '.0f')} | {cell(row['sampling_seconds'], '.0f')} |")
+    real = rows["real"]["count"]
+    lines += ["", f"Distances are to {about['held_out']['count']:,} held-out real images: between the encoder's tokens averaged "
+              "over the grid, and between the last hidden features of a small classifier fitted to "
+              f"{about['train']['count']:,} real training images. The row *real* is the floor: {real:,} training images against "
+              "the held-out ones (its accuracy is that on the held-out images, which the classifier has not seen). *Decoded "
+              "real* is the same training images through encoder and decoder: what a perfect generator would reach. Likeness: "
+              "squared pixel error to the teacher's 50-step image of the same noise, in units of that to its images of the same "
+              "class and other noise (0 the same picture, 1 an unrelated one).", "",
+              "## What must hold", "", "| | figures | holds |", "|---|---|---|"]
+    lines += [f"| {statement} | {figures} | {'yes' if holds else 'no'} |" for statement, figures, holds in checks]
+    failed = sum(not holds for *_, holds in checks)
+    lines += ["", "All of it holds." if not failed else f"**{failed} of {len(checks)} do not hold.**"]
+    if seconds:
+        lines += ["", "## Seconds", "", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+                  + f"; together {sum(seconds.values()):.0f}."]
+    made = about["provenance"]
+    lines += ["", f"Made by `{made['command']}` on {made['date']}: {made['device']}, Python {made['python']}, torch "
+              f"{made['torch']}, commit {made['commit'] or 'none'}. All figures: report.json.", ""]
+    write_atomically(path, lambda beside: beside.write_text("\n".join(lines)))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", default="runs/sanity", help="folder to write to; also classifier, seconds (default %(default)s)")
+    add("--data", default="data/digits", help="training images, folder or .zip; or a folder of `train` and `held-out` "
+        "(default %(default)s)")
+    add("--held-out", help="real images that no stage has seen, folder or .zip (default: `held-out` in --data)")
+    add("--latents", help="latents, whose encoder is used (default: `latents` in --run)")
+    add("--decoder", help="decoder for *decoded real* (default: `decoder` in --run)")
+    add("--samples", nargs="+", metavar="NAME=FILE:NFE", help="sample files, in the order of the columns (default: "
+        f"{', '.join(COLUMNS)}, from `samples/teacher_50.npz` and so on in --run)")
+    add("--classifier-steps", type=int, default=600, help="of the optimizer, 128 images each (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the classifier (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run, data = Path(args.run), Path(args.data)
+    whole = (data / "train").is_dir() and (data / "held-out").is_dir()
+    if not whole and not args.held_out:
+        raise InputError(f"{data} is not a folder of `train` and `held-out`: name the real images kept out with --held-out")
+    files = {}
+    for text in args.samples or [f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz:{name.split()[1]}" for name in COLUMNS]:
+        (name, _, rest), (path, _, nfe) = text.partition("="), text.partition("=")[2].rpartition(":")
+        if not (name and path and nfe.isdigit()) or name in files:
+            raise InputError(f"--samples {text}: it must be NAME=FILE:NFE, and every NAME once")
+        files[name] = (path, int(nfe))
+    seeds = set()
+    for path, nfe in files.values():               # sample.py leaves its settings beside its file
+        if (note := Path(path).with_suffix(".json")).exists():
+            made = read_json(note)["settings"]
+            seeds.add(made["seed"])
+            if made["nfe"] != nfe or len(seeds) > 1:
+                raise InputError(f"{path} was made with {made['nfe']} evaluations from seed {made['seed']}, wanted are {nfe} and "
+                                 f"one seed for all files ({', '.join(map(str, sorted(seeds)))})")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    latents = Latents(args.latents or run / "latents")
+    about = latents.description["encoder"]
+    size = about["image_size"]
+    train = Images(data / "train" if whole else data, size)
+    held_out = Images(args.held_out or data / "held-out", size)
+    if not train.classes == held_out.classes == latents.classes:
+        raise InputError(f"{train.path}, {held_out.path} and the latents must have the same classes")
+    encoder = Encoder(about["id"], size, about["encoder_size"], latents.description["precision"]).to(device)
+    if encoder.digest != about["sha256"]:
+        raise InputError(f"the encoder {about['id']} has other weights than the one that made the latents: encode again")
+    decoder = load_decoder(args.decoder or run / "decoder")[0].to(device).eval()
+    if decoder.shape != encoder.shape:
+        raise InputError(f"the decoder takes latents {decoder.shape}, the encoder makes {encoder.shape}")
+    sets = {name: read_samples(path, size, len(train.classes)) for name, (path, _) in files.items()}
+
+    real, real_labels = read(held_out, range(len(held_out)))
+    other = np.linspace(0, len(train) - 1, min(len(held_out), len(train))).round().astype(int).tolist()    # of every class
+    other, other_labels = read(train, other)
+    net = classifier(run / "classifier.safetensors", train, other, args.classifier_steps, args.seed, device)
+    print(f"measuring {len(real):,} held-out images, as many others, these decoded, and {len(sets)} sample files", flush=True)
+    sets = {"real": (other, other_labels), "decoded real": (decode(other, encoder, decoder, device), other_labels), **sets}
+    pooled, hidden, held_out_accuracy = measure(real, real_labels, encoder, net, device)
+    seconds, rows = read_seconds(run), {}
+    for name, (images, labels) in sets.items():
+        a, b, accuracy = measure(images, labels, encoder, net, device)
+        rows[name] = dict(nfe=files[name][1] if name in files else None, encoder=distance(a, pooled),
+                          classifier=distance(b, hidden), accuracy=held_out_accuracy if name == "real" else accuracy,
+                          likeness=None, count=len(images), sampling_seconds=seconds.get(f"sample {name}"),
+                          training_seconds=seconds.get("decoder" if name == "decoded real" else name.split()[0]))
+        if name in files and "teacher 50" in sets:
+            rows[name]["likeness"] = likeness(images, sets["teacher 50"][0], len(train.classes))
+    checks = judge(rows, held_out_accuracy, len(real))
+
+    first = [real_labels.tolist().index(k) for k in range(len(train.classes))][:16]
+    shown = {"real": real[first], "decoded real": decode(real[first], encoder, decoder, device),
+             **{name: sets[name][0][:len(first)] for name in files}}
+    draw_picture(run / "picture.png", shown, train.classes[:16])
+    import PIL
+    import transformers
+    result = {"encoder": about, "train": {"name": train.path.name, "count": len(train)}, "settings": vars(args),
+              "held_out": {"name": held_out.path.name, "count": len(real), "accuracy": held_out_accuracy},
+              "provenance": {**provenance(), "numpy": np.__version__, "pillow": PIL.__version__,
+                             "transformers": transformers.__version__}}
+    write_report(run / "report.md", result, rows, checks, seconds)
+    write_json(run / "report.json", {**result, "rows": rows, "seconds": seconds, "checks": [
+        {"statement": statement, "figures": figures, "holds": bool(holds)} for statement, figures, holds in checks]})
+    text = (run / "report.md").read_text()
+    print(text[text.index("| | NFE"):text.index("Distances are")] + text[text.index("| | figures"):])
+    print(f"written: {run / 'report.md'}, {run / 'report.json'}, {run / 'picture.png'}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,225 @@
+"""Published files: names, shapes and counts; loading, strictly; the AutoencoderRAE layout of diffusers; what must be refused."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import encode_latents
+import model
+
+HERE = Path(__file__).resolve().parent
+XL = dict(in_channels=768, num_classes=1000, **model.DIT_PRESETS["DiTDH-XL"])
+TINY = dict(input_size=4, in_channels=8, hidden_size=(32, 48), depth=(2, 1), num_heads=(2, 2), num_classes=3)
+
+
+# ---- names, shapes, counts ---------------------------------------------------------------------------------------------------
+def expand(names):
+    """The checkpoint list is kept short: of blocks that are alike, one stands for all ("blocks.0-27.")."""
+    full = {}
+    for name, shape in names.items():
+        if "-" in name:
+            prefix, rest = name.split(".", 1)
+            span, rest = rest.split(".", 1)
+            first, last = map(int, span.split("-"))
+            full |= {f"{prefix}.{i}.{rest}": shape for i in range(first, last + 1)}
+        else:
+            full[name] = shape
+    return full
+
+
+@pytest.mark.parametrize("kind, parameters, trainable", [("teacher", 838_675_796, 838_380_628), ("student", 840_595_284, 840_299_860),
+                                                         ("decoder", 415_352_704, None)])
+def test_published_names_and_shapes(kind, parameters, trainable):
+    wanted = expand(json.loads((HERE / "checkpoints.json").read_text())[kind])
+    with torch.device("meta"):
+        net = (model.ViTDecoder(16, 768, **model.DECODER_PRESETS["ViT-XL"]) if kind == "decoder" else
+               model.DiTDH(16, **XL, time_difference=kind == "student"))
+    assert {name: list(tensor.shape) for name, tensor in net.state_dict().items()} == wanted
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert trainable is None or sum(p.numel() for p in net.parameters() if p.requires_grad) == trainable
+
+
+def test_512_px():
+    """Four times the tokens: the same weights but for the tables of positions."""
+    with torch.device("meta"):
+        small, large = model.DiTDH(16, **XL), model.DiTDH(32, **XL)
+        z, t, y = torch.empty(2, 768, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long)
+        assert large(z, t, y).shape == z.shape
+        assert model.ViTDecoder(32, 768, **model.DECODER_PRESETS["ViT-XL"])(z).shape == (2, 3, 512, 512)
+    other = {n for n, p in large.state_dict().items() if p.shape != small.state_dict()[n].shape}
+    assert other == {"pos_embed", *(f"{tower}_feat_rope.freqs_{f}" for tower in ("enc", "dec") for f in ("cos", "sin"))}
+
+
+@pytest.mark.parametrize("name", model.DIT_PRESETS)
+def test_sizes_are_read_off_a_file(name):
+    with torch.device("meta"):
+        sizes = dict(input_size=16, in_channels=768, num_classes=1000, **model.DIT_PRESETS[name])
+        assert model.dit_arguments(model.DiTDH(**sizes).state_dict()) == sizes
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    net = model.DiTDH(**TINY)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net
+
+
+@pytest.mark.parametrize("form", ["bare", "ema", "model", "safetensors"])
+def test_published_forms_of_a_file(teacher, tmp_path, form):
+    state, path = teacher.state_dict(), tmp_path / ("net.safetensors" if form == "safetensors" else "net.pt")
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state if form == "bare" else {form: state, "step": 3, **({"model": {}} if form == "ema" else {})}, path)
+    net, config, stats = model.load_network(path)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), state.values(), strict=True))
+    assert config["kind"] == "teacher" and config["time_shift"] == 1 and stats is None
+
+
+def test_trained_position_tables_are_used(teacher, tmp_path, capsys):
+    """A later RAE release trains its tables: the file's are taken, and it is said."""
+    teacher.pos_embed.data += 0.1
+    torch.save(teacher.state_dict(), tmp_path / "net.pt")
+    assert torch.equal(model.load_network(tmp_path / "net.pt")[0].pos_embed, teacher.pos_embed)
+    assert "pos_embed differs" in capsys.readouterr().out
+
+
+def test_new_classes(teacher, tmp_path, capsys):
+    torch.save(teacher.state_dict(), tmp_path / "net.pt")
+    net, config, _ = model.load_network(tmp_path / "net.pt", "teacher", new="y_embedder.", num_classes=7)
+    assert net.num_classes == config["network"]["num_classes"] == 7 and "y_embedder.embedding_table" in capsys.readouterr().out
+    assert torch.equal(net.t_embedder.W, teacher.t_embedder.W)
+
+
+def test_from_the_hub(teacher, tmp_path, monkeypatch):
+    """A Hub path goes through huggingface_hub: repository and file inside it; its cache is used offline."""
+    import huggingface_hub
+    torch.save(teacher.state_dict(), tmp_path / "net.pt")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, inside: asked.append((repository, inside)) or str(tmp_path / "net.pt"))
+    model.load_network("nyu-visionx/RAE-collections/DiTs/Dinov2/stage2_model.pt")
+    assert asked == [("nyu-visionx/RAE-collections", "DiTs/Dinov2/stage2_model.pt")]
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(model.InputError, match="Hub"):
+        model.load_network("nobody/nothing/net.pt")
+
+
+def test_published_statistics(tmp_path):
+    """Their mean may be None and stands for 0."""
+    var = torch.rand(8, 4, 4)
+    torch.save({"mean": None, "var": var}, tmp_path / "stat.pt")
+    mean, got = model.load_stats(tmp_path / "stat.pt")
+    assert got.dtype == torch.float64 and torch.equal(got.float(), var) and not mean.any()
+    z = torch.randn(2, 8, 4, 4)
+    assert torch.allclose(model.normalize(z, (mean, got)), z / (var + 1e-5).sqrt())
+    assert torch.allclose(model.denormalize(model.normalize(z, (mean, got)), (mean, got)), z, atol=1e-6)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------------
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch /dev/null",)
+
+
+def test_what_does_not_fit_is_refused(teacher, tmp_path):
+    state, path = teacher.state_dict(), tmp_path / "net.pt"
+
+    def refused(words, content):
+        torch.save(content, path)
+        with pytest.raises(model.InputError, match=words) as error:
+            model.load_network(path, "teacher")
+        assert "\n" not in str(error.value)
+    bias = "blocks.0.attn.proj.bias"
+    refused(rf"1 tensors: {bias} is missing \(32,\)", {k: v for k, v in state.items() if k != bias})
+    refused(r"extra is unexpected \(3,\)", {**state, "extra": torch.zeros(3)})
+    refused(r"blocks.0.mlp.w3.weight is \(85, 32\), wanted \(32, 85\)", {**state, "blocks.0.mlp.w3.weight": state["blocks.0.mlp.w3.weight"].T.contiguous()})
+    refused("run code", {**state, "x": Runs()})
+    refused("no state dict", {"weights": [1, 2]})
+    torch.save(state, path)
+    for cut in (path.stat().st_size // 2, 100, 0):
+        os.truncate(path, cut)
+        with pytest.raises(model.InputError, match="cut short"):
+            model.load_network(path)
+    save_file(state, tmp_path / "net.safetensors")
+    os.truncate(tmp_path / "net.safetensors", 5000)
+    with pytest.raises(model.InputError, match="cut short"):
+        model.load_network(tmp_path / "net.safetensors")
+    with pytest.raises(model.InputError, match="a teacher, a student is needed"):
+        torch.save(state, path)
+        model.load_network(path, "student")
+
+
+def test_a_turned_bit_is_noticed(teacher, tmp_path):
+    model.save_network(tmp_path / "net", teacher.state_dict(), {"kind": "teacher", "network": TINY}, (torch.zeros(8, 4, 4), torch.ones(8, 4, 4)))
+    model.load_network(tmp_path / "net")
+    for name in ("model.safetensors", "latent_stats.safetensors"):
+        content = bytearray((tmp_path / "net" / name).read_bytes())
+        content[-7] ^= 16
+        (tmp_path / "net" / name).write_bytes(content)
+        with pytest.raises(model.InputError, match=f"{name} is damaged"):
+            model.load_network(tmp_path / "net")
+        content[-7] ^= 16
+        (tmp_path / "net" / name).write_bytes(content)
+
+
+# ---- the AutoencoderRAE layout -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A DINOv2 with random weights in a folder, our encoder over it, a decoder at 16 x 16 tokens, statistics; and their export."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    home = tmp_path_factory.mktemp("rae")
+    torch.manual_seed(0)
+    net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, patch_size=14, image_size=518))
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    net.save_pretrained(home / "dinov2")
+    encoder = encode_latents.Encoder(home / "dinov2", 256)
+    decoder = model.ViTDecoder(16, 64, hidden_size=48, depth=2, num_heads=4, mlp_size=96, patch_size=16)
+    for p in decoder.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    stats = (torch.randn(64, 16, 16).double(), 0.5 + torch.rand(64, 16, 16).double())
+    model.export_autoencoder(home / "rae", decoder, stats, encoder)
+    return home, encoder, decoder, stats
+
+
+@torch.no_grad()
+def test_equal_to_diffusers(autoencoder):
+    diffusers = pytest.importorskip("diffusers")
+    home, encoder, decoder, stats = autoencoder
+    theirs = diffusers.AutoencoderRAE.from_pretrained(home / "rae").eval()
+    images = torch.rand(2, 3, 256, 256)
+    z = encoder(images)
+    assert z.shape == (2, 64, 16, 16)
+    # that class adds 1e-5 once more when it divides by the deviation: 1e-5 relative at a deviation of 1
+    assert (theirs.encode(images).latent - model.normalize(z, stats)).norm() < 2e-5 * model.normalize(z, stats).norm()
+    pixels = decoder(z)
+    other = theirs._denormalize_image(theirs.decoder.unpatchify(theirs.decoder(z.flatten(2).transpose(1, 2)).logits))
+    assert (other - pixels).norm() < 1e-5 * pixels.norm()
+
+
+@torch.no_grad()
+def test_from_diffusers(autoencoder, tmp_path):
+    """The other direction: a folder that diffusers itself wrote."""
+    diffusers = pytest.importorskip("diffusers")
+    home, encoder, decoder, stats = autoencoder
+    diffusers.AutoencoderRAE.from_pretrained(home / "rae").save_pretrained(tmp_path / "theirs")
+    again, got = model.load_decoder(tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), decoder.state_dict().values(), strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, stats, strict=True))
+
+
+def test_autoencoder_round_trip_is_bit_identical(autoencoder, tmp_path):
+    home, encoder, decoder, stats = autoencoder
+    again, got = model.load_decoder(home / "rae")
+    model.export_autoencoder(tmp_path / "again", again, got, encoder)
+    a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (home / "rae", tmp_path / "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert json.loads((home / "rae/config.json").read_text()) == json.loads((tmp_path / "again/config.json").read_text())
