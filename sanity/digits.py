@@ -47,12 +47,12 @@ def draw(seed, split, digit, index, size):
     while abs((paper - ink) @ LUMA) < 0.35:        # a pale blue on a deep yellow would be hard to read
         paper, ink = colour(rng, light), colour(rng, not light)
     mask, big = glyph(digit), size * OVERSAMPLE
-    scale = rng.uniform(0.5, 0.8) * big / mask.height
-    angle = math.radians(rng.uniform(-20, 20))
+    scale = rng.uniform(0.65, 0.85) * big / mask.height
+    angle = math.radians(rng.uniform(-12, 12))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     extent = scale * scale * np.array([mask.width * abs(cos) + mask.height * abs(sin),
                                        mask.width * abs(sin) + mask.height * abs(cos)])
-    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 2         # at least one pixel stays free on every side
+    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 4         # half of the way to the edge, at most
     x, y = big / 2 + rng.uniform(-room, room)
     inverse = (cos, sin, mask.width / 2 - cos * x - sin * y, -sin, cos, mask.height / 2 + sin * x - cos * y)
     placed = mask.transform((big, big), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR).reduce(OVERSAMPLE)

@@ -1,12 +1,13 @@
 """The sanity run's report: a table of distances and accuracies, what must hold and whether it does, and one picture.
 
-    python sanity/report.py --run runs/sanity --data data/digits           # -> report.md, report.json, picture.png in --run
+    python sanity/report.py --run runs/sanity --data data/digits       # -> report.md, report.json, picture.png in --run
     python sanity/report.py --run runs/cifar --data cifar/train.zip --held-out cifar/held-out.zip --samples \\
-        "teacher 50=samples/teacher_50.npz:50" "MFD 1=samples/mfd_1.npz:1"       # name=file:nfe, as many as there are
+        "teacher 50=samples/teacher_50.npz:50" "MFD 1=samples/mfd_1.npz:1"         # name=file:nfe, one or more
 
-Frechet distances to the held-out real images in two feature spaces: the latents' encoder, its tokens averaged over the grid;
-and the last hidden layer of a small convolutional classifier, fitted here to the real training images and kept in --run. The
-class accuracy is that classifier's. Sample files are sample.py's: image i of each has the same noise, and the label i mod K.
+Frechet distances to held-out real images in two feature spaces: the latents' encoder, its tokens averaged over the
+grid; and the last hidden layer of a small convolutional classifier, fitted here to the real training images and kept in
+--run. Class accuracy is that classifier's. Sample files are sample.py's: image i of each has the same noise, and the
+label i mod K.
 """
 import argparse
 import hashlib
@@ -52,9 +53,10 @@ class Classifier(nn.Module):
     def __init__(self, classes):
         super().__init__()
         layers = []
-        for before, width in ((3, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-        self.trunk = nn.Sequential(*layers, nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+        for before, width in ((3, 32), (32, 64), (64, 128), (128, 128)):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*layers[:-1])
         self.head = nn.Linear(128, classes)
 
     def forward(self, images):
@@ -76,12 +78,12 @@ def fit(images, labels, classes, steps, seed, device):
         schedule.step()
         optimizer.zero_grad()
         if step % max(1, steps // 4) == 0:
-            print(f"classifier, step {step} of {steps}: cross entropy {loss:.3f}; {time.time() - start:.0f} s", flush=True)
+            print(f"classifier: step {step} of {steps}, loss {loss:.3f}; {time.time() - start:.0f} s", flush=True)
     return net.eval()
 
 
 def classifier(path, train, sample, steps, seed, device):
-    """The classifier kept at `path`, when it was fitted to these images with these settings; otherwise fitted, and kept there.
+    """The classifier kept at `path`, if fitted to these images with these settings; otherwise fitted now and kept.
 
     The images are known by their names and by the pixels of `sample`, some of them, read already."""
     key = hashlib.sha256(json.dumps([train.classes, train.paths, train.image_size, steps, seed]).encode())
@@ -110,13 +112,13 @@ def read(images, indices):
 def read_samples(path, size, classes):
     """A sample file -> uint8 (N, 3, S, S), labels (N,), which must be i mod `classes`."""
     if not Path(path).exists():
-        raise InputError(f"{path} does not exist: python sample.py --out {path} makes it, or name the files with --samples")
+        raise InputError(f"{path} does not exist: sample.py --out {path} makes it; or name other files with --samples")
     with complaint(f"{path} is not a readable sample file", "make it again with sample.py"), np.load(path) as file:
         images, labels = file["arr_0"], torch.from_numpy(file["arr_1"])
     if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or len(images) != len(labels):
         raise InputError(f"{path} holds {images.dtype} images {images.shape}, needed are uint8 (N, {size}, {size}, 3)")
     if len(images) < classes or not torch.equal(labels, torch.arange(len(labels)) % classes):
-        raise InputError(f"{path}: image i must have the label i mod {classes}, and every class be there: sample.py's default")
+        raise InputError(f"{path}: image i must have label i mod {classes}, every class be there: sample.py's default")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
@@ -142,23 +144,23 @@ def distance(a, b):
 @torch.no_grad()
 def decode(images, encoder, decoder, device):
     """Images through encoder and decoder, the latents rounded to float16 as they are on disk: uint8 like `images`."""
-    parts = [to_uint8(decoder(encoder(x.to(device)).half().float())).permute(0, 3, 1, 2).cpu() for x in images.split(BATCH)]
-    return torch.cat(parts)
+    parts = [to_uint8(decoder(encoder(x.to(device)).half().float())).cpu() for x in images.split(BATCH)]
+    return torch.cat(parts).permute(0, 3, 1, 2).contiguous()
 
 
 def likeness(images, teacher, classes):
-    """How far images are from the teacher's of the same noise, in units of how far they are from its images of the same class
-    and other noise (mean squared pixel error): 0 is the same picture, 1 an unrelated one."""
+    """How far images are from the teacher's of the same noise, in units of how far they are from its images of the same
+    class and other noise, in mean squared pixel error: 0 is the same picture, 1 an unrelated one."""
     n = min(len(images), len(teacher))
     x, t = images[:n].float(), teacher[:n].float()
     other = (x - t.roll(classes, 0)).square().mean().item()
     return (x - t).square().mean().item() / other if other else 0.0
 
 
-def judge(rows, held_out_accuracy, floor_count):
-    """What must hold (the sanity run's aims) -> [(statement, figures, whether it holds)], for the rows that there are."""
-    lines = [("at least 5,000 images behind every distance, on both sides",
-              f"fewest: {(fewest := min([floor_count] + [row['count'] for row in rows.values()])):,}", fewest >= 5000),
+def judge(rows, held_out_accuracy, held_out_count):
+    """What must hold (the sanity run's aims), as far as there are rows: [(statement, figures, whether it holds)]."""
+    fewest = min(held_out_count, *(row["count"] for row in rows.values()))
+    lines = [("at least 5,000 images behind every distance, on both sides", f"fewest {fewest:,}", fewest >= 5000),
              ("the classifier can judge: accuracy on held-out real images at least 0.98", f"{held_out_accuracy:.4f}",
               held_out_accuracy >= 0.98)]
 
@@ -177,9 +179,9 @@ def judge(rows, held_out_accuracy, floor_count):
             lines.append(("... and at most 2 points below the teacher's in 50", f"{accuracy:.4f} against {teacher:.4f}",
                           accuracy >= teacher - 0.02))
     for other in ("teacher 50", "MFD 1"):
-        compare(f"teacher in 1 step far worse (5 times or more) than {other}", "teacher 1", other, lambda a, b: a >= 5 * b)
+        compare(f"teacher in 1 step far worse (5 times) than {other}", "teacher 1", other, lambda a, b: a >= 5 * b)
     compare("teacher in 1 step worse than CMT in 1 step", "teacher 1", "CMT 1", lambda a, b: a > b)
-    compare("CMT in 1 step clearly worse (2 times or more) than MFD in 1", "CMT 1", "MFD 1", lambda a, b: a >= 2 * b)
+    compare("CMT in 1 step clearly worse (2 times) than MFD in 1", "CMT 1", "MFD 1", lambda a, b: a >= 2 * b)
     return lines
 
 
@@ -214,33 +216,32 @@ def draw_picture(path, columns, names):
 
 def write_report(path, about, rows, checks, seconds):
     """report.md from the numbers of report.json."""
-    encoder = about["encoder"]["id"]
+    encoder, real, held_out = about["encoder"]["id"], rows["real"]["count"], about["held_out"]["count"]
+    plain = f"The encoder is `{encoder}`."
     if encoder.startswith("random:"):
-        plain = (f"**The encoder is random** (`{encoder}`, weights from a seed): it is not the paper's DINOv2, and no figure here "
-                 "can stand beside a published FID. What the report shows is whether every stage does its work.")
-    else:
-        plain = f"The encoder is `{encoder}`. The features below are not Inception's: no figure can stand beside a published FID."
-    lines = ["# Report of a run", "", plain, "", "![picture](picture.png)", "",
-             "Rows are classes; along a row, the generated images have the same noise. Decoded real: the real image through "
-             "encoder and decoder.", "",
-             "| | NFE | Frechet distance, encoder | Frechet distance, classifier | class accuracy | likeness | images | "
-             "training s | sampling s |", "|---|---|---|---|---|---|---|---|---|"]
+        plain = (f"**The encoder is random** (`{encoder}`: weights from a seed), not the paper's DINOv2: what this "
+                 "shows is whether every stage does its work.")
 
-    def cell(value, form):
+    def cell(value, form=""):
         return "" if value is None else format(value, form)
 
+    lines = ["# Report of a run", "",
+             plain + " No figure here can stand beside a published FID, whose features are others.", "",
+             "![picture](picture.png)", "",
+             "Rows are classes; along a row, the generated images have the same noise.", "",
+             "| | NFE | Frechet distance, encoder | Frechet distance, classifier | class accuracy | likeness | "
+             "images | training s | sampling s |", "|---|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {cell(row.get('nfe'), '')} | {row['encoder']:.3g} | {row['classifier']:.3g} | "
-                     f"{row['accuracy']:.4f} | {cell(row.get('likeness'), '.3f')} | {row['count']:,} | "
+        lines.append(f"| {name} | {cell(row['nfe'])} | {row['encoder']:.3g} | {row['classifier']:.3g} | "
+                     f"{row['accuracy']:.4f} | {cell(row['likeness'], '.3f')} | {row['count']:,} | "
                      f"{cell(row['training_seconds'], '.0f')} | {cell(row['sampling_seconds'], '.0f')} |")
-    real = rows["real"]["count"]
-    lines += ["", f"Distances are to {about['held_out']['count']:,} held-out real images: between the encoder's tokens averaged "
-              "over the grid, and between the last hidden features of a small classifier fitted to "
-              f"{about['train']['count']:,} real training images. The row *real* is the floor: {real:,} training images against "
-              "the held-out ones (its accuracy is that on the held-out images, which the classifier has not seen). *Decoded "
-              "real* is the same training images through encoder and decoder: what a perfect generator would reach. Likeness: "
-              "squared pixel error to the teacher's 50-step image of the same noise, in units of that to its images of the same "
-              "class and other noise (0 the same picture, 1 an unrelated one).", "",
+    lines += ["", f"Distances are to {held_out:,} held-out real images: between the encoder's tokens averaged over the "
+              "grid, and between the last hidden features of a small classifier fitted to the "
+              f"{about['train']['count']:,} real training images. *real* is the floor: {real:,} training images to the "
+              "held-out ones; the accuracy in its row is on the held-out images, which the classifier has not seen. "
+              "*decoded real* is those training images through encoder and decoder: a perfect generator's figures. "
+              "Likeness: squared pixel error to the teacher's 50-step image of the same noise, in units of that "
+              "to its images of the same class and other noise (0 the same picture, 1 an unrelated one).", "",
               "## What must hold", "", "| | figures | holds |", "|---|---|---|"]
     lines += [f"| {statement} | {figures} | {'yes' if holds else 'no'} |" for statement, figures, holds in checks]
     failed = sum(not holds for *_, holds in checks)
@@ -257,9 +258,9 @@ def write_report(path, about, rows, checks, seconds):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run", default="runs/sanity", help="folder to write to; also classifier, seconds (default %(default)s)")
-    add("--data", default="data/digits", help="training images, folder or .zip; or a folder of `train` and `held-out` "
-        "(default %(default)s)")
+    add("--run", default="runs/sanity", help="folder of the run, to write to (default %(default)s)")
+    add("--data", default="data/digits", help="training images, folder or .zip; or a folder that holds `train` and "
+        "`held-out` (default %(default)s)")
     add("--held-out", help="real images that no stage has seen, folder or .zip (default: `held-out` in --data)")
     add("--latents", help="latents, whose encoder is used (default: `latents` in --run)")
     add("--decoder", help="decoder for *decoded real* (default: `decoder` in --run)")
@@ -275,10 +276,12 @@ def main(argv=None):
     run, data = Path(args.run), Path(args.data)
     whole = (data / "train").is_dir() and (data / "held-out").is_dir()
     if not whole and not args.held_out:
-        raise InputError(f"{data} is not a folder of `train` and `held-out`: name the real images kept out with --held-out")
+        raise InputError(f"{data} does not hold `train` and `held-out`: name the images kept out with --held-out")
+    usual = [f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz:{name.split()[1]}" for name in COLUMNS]
     files = {}
-    for text in args.samples or [f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz:{name.split()[1]}" for name in COLUMNS]:
-        (name, _, rest), (path, _, nfe) = text.partition("="), text.partition("=")[2].rpartition(":")
+    for text in args.samples or usual:
+        name, _, path = text.partition("=")
+        path, _, nfe = path.rpartition(":")
         if not (name and path and nfe.isdigit()) or name in files:
             raise InputError(f"--samples {text}: it must be NAME=FILE:NFE, and every NAME once")
         files[name] = (path, int(nfe))
@@ -288,8 +291,8 @@ def main(argv=None):
             made = read_json(note)["settings"]
             seeds.add(made["seed"])
             if made["nfe"] != nfe or len(seeds) > 1:
-                raise InputError(f"{path} was made with {made['nfe']} evaluations from seed {made['seed']}, wanted are {nfe} and "
-                                 f"one seed for all files ({', '.join(map(str, sorted(seeds)))})")
+                raise InputError(f"{path} was made with --nfe {made['nfe']} --seed {made['seed']}; wanted are {nfe} "
+                                 "evaluations, and one seed for all files")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     latents = Latents(args.latents or run / "latents")
@@ -301,18 +304,19 @@ def main(argv=None):
         raise InputError(f"{train.path}, {held_out.path} and the latents must have the same classes")
     encoder = Encoder(about["id"], size, about["encoder_size"], latents.description["precision"]).to(device)
     if encoder.digest != about["sha256"]:
-        raise InputError(f"the encoder {about['id']} has other weights than the one that made the latents: encode again")
+        raise InputError(f"the encoder {about['id']} has other weights than the latents' encoder: encode again")
     decoder = load_decoder(args.decoder or run / "decoder")[0].to(device).eval()
     if decoder.shape != encoder.shape:
         raise InputError(f"the decoder takes latents {decoder.shape}, the encoder makes {encoder.shape}")
     sets = {name: read_samples(path, size, len(train.classes)) for name, (path, _) in files.items()}
 
     real, real_labels = read(held_out, range(len(held_out)))
-    other = np.linspace(0, len(train) - 1, min(len(held_out), len(train))).round().astype(int).tolist()    # of every class
-    other, other_labels = read(train, other)
+    spaced = np.linspace(0, len(train) - 1, min(len(held_out), len(train))).round().astype(int)      # of every class
+    other, other_labels = read(train, spaced.tolist())
     net = classifier(run / "classifier.safetensors", train, other, args.classifier_steps, args.seed, device)
-    print(f"measuring {len(real):,} held-out images, as many others, these decoded, and {len(sets)} sample files", flush=True)
-    sets = {"real": (other, other_labels), "decoded real": (decode(other, encoder, decoder, device), other_labels), **sets}
+    print(f"measuring {len(real):,} held-out images, {len(other):,} others, and {len(sets)} sample files", flush=True)
+    decoded = decode(other, encoder, decoder, device)
+    sets = {"real": (other, other_labels), "decoded real": (decoded, other_labels), **sets}
     pooled, hidden, held_out_accuracy = measure(real, real_labels, encoder, net, device)
     seconds, rows = read_seconds(run), {}
     for name, (images, labels) in sets.items():

@@ -497,8 +497,8 @@ def test_two_processes_write_what_one_writes(data, encoded, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, SCRIPT, "--data-path", data, "--out", tmp_path / "out", "--encoder", TINY, "--image-size",
-               "32", "--encoder-size", "32", "--batch-size", "3", "--shard-size", "8", "--workers", "1"]
+    command = [sys.executable, SCRIPT, "--data-path", data, "--out", tmp_path / "out", "--encoder", TINY,
+               "--image-size", "32", "--encoder-size", "32", "--batch-size", "3", "--shard-size", "8", "--workers", "1"]
     two = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
         **os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(2)]

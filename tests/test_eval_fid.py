@@ -278,7 +278,7 @@ def test_folder_zip_and_npz_of_the_same_pixels(place, tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(place):
-    """203 and 150 images do not divide evenly; the Inception Score sees the same order.."""
+    """203 and 150 images do not divide evenly; the Inception Score sees the same order."""
     place, *_ = place
     one = run(place, "--reference", place / "reference.npz")
     command = [str(place / "samples.npz"), "--inception", str(place / "net.pt"), "--micro-batch", "20"]

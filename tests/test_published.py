@@ -47,8 +47,8 @@ def test_512_px():
     with torch.device("meta"):
         small, large = model.DiTDH(16, **XL), model.DiTDH(32, **XL)
         z, t, y = torch.empty(2, 768, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long)
-        assert large(z, t, y).shape == z.shape
-        assert model.ViTDecoder(32, 768, **model.DECODER_PRESETS["ViT-XL"])(z).shape == (2, 3, 512, 512)
+        decoder = model.ViTDecoder(32, 768, **model.DECODER_PRESETS["ViT-XL"])
+    assert large.to("meta")(z, t, y).shape == z.shape and decoder.to("meta")(z).shape == (2, 3, 512, 512)
     other = {n for n, p in large.state_dict().items() if p.shape != small.state_dict()[n].shape}
     assert other == {"pos_embed", *(f"{tower}_feat_rope.freqs_{f}" for tower in ("enc", "dec") for f in ("cos", "sin"))}
 
@@ -223,3 +223,13 @@ def test_autoencoder_round_trip_is_bit_identical(autoencoder, tmp_path):
     a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (home / "rae", tmp_path / "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads((home / "rae/config.json").read_text()) == json.loads((tmp_path / "again/config.json").read_text())
+
+
+# ---- what they cost ------------------------------------------------------------------------------------------------------------
+def test_multiply_adds():
+    """GMAC in both conventions, to 0.5%, and the paper's for one image at 512 px."""
+    import benchmark
+    for got, full, linear in ((benchmark.backbone("DiTDH-XL", 256), 161.58, 157), (benchmark.decoder("ViT-XL", 256), 110.82, 106.5)):
+        assert got[1:] == (pytest.approx(full, rel=0.005), pytest.approx(linear, rel=0.005))
+    linear = benchmark.backbone("DiTDH-XL", 512)[2] + benchmark.decoder("ViT-XL", 512)[2]
+    assert linear == pytest.approx(1051, rel=0.005)

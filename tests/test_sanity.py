@@ -1,0 +1,211 @@
+"""The sanity run's own parts: the digits, the small decoder, the report."""
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import encode_latents
+from model import InputError, load_decoder, read_tensors, write_json
+from sanity import digits, report, train_decoder
+
+NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Tiny digits, their latents from a random encoder, a decoder of six steps, four sample files."""
+    folder = tmp_path_factory.mktemp("sanity")
+    digits.main(["--out", f"{folder}/digits", "--train", "200", "--held-out", "60", "--image-size", "16"])
+    encode_latents.main(["--data-path", f"{folder}/digits/train", "--out", f"{folder}/run/latents", "--workers", "0",
+                         "--image-size", "16", "--encoder-size", "16",
+                         "--encoder", "random:width=16,depth=1,heads=2,patch=8,seed=0"])
+    (folder / "run/samples").mkdir()
+    real = np.stack([digits.draw(0, "train", i % 10, i // 10, 16) for i in range(120)])
+    for name, part in zip(NAMES, (0.02, 0.9, 0.4, 0.03), strict=True):
+        images = (1 - part) * real + part * np.random.default_rng(0).uniform(0, 255, real.shape)
+        path = folder / "run/samples" / f"{name.lower().replace(' ', '_')}.npz"
+        np.savez(path, arr_0=images.astype(np.uint8), arr_1=np.arange(120) % 10)
+        write_json(path.with_suffix(".json"), {"settings": {"seed": 0, "nfe": NAMES[name]}})
+    write_lines(folder / "run/seconds.txt", "teacher 200", "sample teacher 50 12", "MFD 99")
+    return folder
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def decoder_arguments(folder, out="run/decoder"):
+    return ["--data-path", f"{folder}/digits/train", "--latents", f"{folder}/run/latents", "--out", f"{folder}/{out}",
+            "--steps", "6", "--save-every", "3", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def decoder(chain):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_decoder, "HELD_OUT", 40)
+        train_decoder.main(decoder_arguments(chain))
+    return chain / "run/decoder"
+
+
+# ---- digits ----------------------------------------------------------------------------------------------------------
+def test_digits_follow_from_their_key():
+    image = digits.draw(3, "train", 7, 11, 32)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert (image == digits.draw(3, "train", 7, 11, 32)).all()
+    for key in ((4, "train", 7, 11), (3, "held-out", 7, 11), (3, "train", 1, 11), (3, "train", 7, 12)):
+        assert (image != digits.draw(*key, 32)).any()
+
+
+def test_digits_are_whole_and_readable():
+    for k in range(200):
+        image = digits.draw(0, "train", k % 10, k, 32).astype(float)
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        assert (border == border[0]).all()                    # nothing is cut off
+        contrast = np.abs((image - border[0]) @ digits.LUMA)
+        assert contrast.max() > 0.3 * 255                     # ink and paper differ
+        assert 0.03 < (contrast > 0.2 * 255).mean() < 0.6
+
+
+def test_digits_folder(chain, tmp_path, capsys):
+    folder = chain / "digits"
+    assert sorted(path.name for path in folder.iterdir()) == ["digits.json", "held-out", "train"]
+    for split, count in (("train", 20), ("held-out", 6)):
+        assert sorted(path.name for path in (folder / split).iterdir()) == list("0123456789")
+        assert all(len(list((folder / split / str(k)).iterdir())) == count for k in range(10))
+    assert (np.asarray(Image.open(folder / "held-out/4/00005.png")) == digits.draw(0, "held-out", 4, 5, 16)).all()
+    same = ["--out", str(folder), "--train", "200", "--held-out", "60", "--image-size", "16"]
+    before = (folder / "train/0/00000.png").stat().st_mtime_ns
+    digits.main(same)
+    assert "complete" in capsys.readouterr().out and (folder / "train/0/00000.png").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="other settings"):
+        digits.main([*same, "--seed", "1"])
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="something else"):
+        digits.main(["--out", str(tmp_path)])
+    with pytest.raises(InputError, match="multiples of 10"):
+        digits.main(["--out", str(tmp_path / "new"), "--train", "15"])
+
+
+def test_digits_go_on(tmp_path):
+    arguments = ["--out", str(tmp_path), "--train", "20", "--held-out", "10", "--image-size", "16"]
+    digits.main(arguments)
+    marker = json.loads((tmp_path / "digits.json").read_text())
+    write_json(tmp_path / "digits.json", {**marker, "complete": False})
+    (tmp_path / "train/3/00001.png").unlink()
+    digits.main(arguments)
+    assert (tmp_path / "train/3/00001.png").exists() and json.loads((tmp_path / "digits.json").read_text())["complete"]
+
+
+# ---- decoder ---------------------------------------------------------------------------------------------------------
+def test_decoder_loss_alone():
+    space = {"torch": torch}
+    exec(inspect.getsource(train_decoder.decoder_loss), space)
+    z, x, noise = torch.full((2, 1), 2.0), torch.zeros(2, 1), torch.ones(2, 1)
+    loss, numbers = space["decoder_loss"](lambda z: z / 3, lambda x: x, z, x, noise, 0.5, 0.1)
+    assert numbers["l1"] == 1 and numbers["features"] == 2 and math.isclose(loss, 1.2, rel_tol=1e-6)
+    loss, numbers = space["decoder_loss"](lambda z: z / 3, None, z, x, noise, 0.5, 0.0)
+    assert loss == 1 and numbers["features"] == 0
+
+
+def test_decoder_resumes_bit_for_bit(chain, decoder, monkeypatch):
+    monkeypatch.setattr(train_decoder, "HELD_OUT", 40)
+    arguments, write = decoder_arguments(chain, "stopped"), train_decoder.write_tensors
+
+    def write_and_stop(*args):
+        write(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_decoder, "write_tensors", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder.main(arguments)
+    monkeypatch.setattr(train_decoder, "write_tensors", write)
+    with pytest.raises(InputError, match="another run"):
+        train_decoder.main(arguments)
+    with pytest.raises(InputError, match="another run"):
+        train_decoder.main([*arguments, "--resume", "--lr", "1"])
+    assert int(read_tensors(chain / "stopped/state.safetensors")[0]["step"]) == 3
+    train_decoder.main([*arguments, "--resume"])
+    for name in ("state", "model"):
+        a, b = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (decoder, chain / "stopped"))
+        assert all(torch.equal(a[k], b[k]) for k in a.keys() | b.keys())
+    net, stats = load_decoder(str(decoder))
+    assert net.shape == (16, 2, 2) and net.patch_size == 8 and stats[0].shape == (16, 2, 2)
+
+
+def test_decoder_refuses_other_images(chain, tmp_path):
+    digits.main(["--out", str(tmp_path / "digits"), "--train", "200", "--held-out", "60", "--image-size", "16",
+                 "--seed", "1"])
+    with pytest.raises(InputError, match="does not hold the latents of the images"):
+        train_decoder.main([*decoder_arguments(chain, "other"), "--data-path", str(tmp_path / "digits/train")])
+    with pytest.raises(InputError, match="too few"):
+        train_decoder.main(decoder_arguments(chain, "other"))
+    assert not (chain / "other").exists()
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+def report_arguments(chain):
+    files = [f"{name}={chain}/run/samples/{name.lower().replace(' ', '_')}.npz:{nfe}" for name, nfe in NAMES.items()]
+    return ["--run", f"{chain}/run", "--data", f"{chain}/digits", "--classifier-steps", "8", "--samples", *files]
+
+
+def test_report(chain, decoder, monkeypatch):
+    fits, fit = [], report.fit
+    monkeypatch.setattr(report, "fit", lambda *args: fits.append(args) or fit(*args))
+    report.main(report_arguments(chain))
+    text, numbers = (chain / "run/report.md").read_text(), json.loads((chain / "run/report.json").read_text())
+    rows = numbers["rows"]
+    assert list(rows) == ["real", "decoded real", *NAMES] and "**The encoder is random**" in text
+    for space in ("encoder", "classifier"):
+        assert rows["real"][space] < rows["MFD 1"][space] < rows["CMT 1"][space] < rows["teacher 1"][space]
+    assert rows["teacher 50"]["likeness"] == 0 < rows["MFD 1"]["likeness"] < rows["CMT 1"]["likeness"] < 1
+    assert rows["teacher 50"]["training_seconds"] == 200 and rows["teacher 50"]["sampling_seconds"] == 12
+    assert rows["real"]["accuracy"] == numbers["held_out"]["accuracy"] and rows["real"]["count"] == 60
+    for name, row in rows.items():
+        assert f"| {name} | {row['nfe'] or ''} | {row['encoder']:.3g} | {row['classifier']:.3g} |" in text
+    for check in numbers["checks"]:
+        assert f"| {check['statement']} | {check['figures']} | {'yes' if check['holds'] else 'no'} |" in text
+    assert not numbers["checks"][0]["holds"] and "do not hold.**" in text                # 60 images are not 5,000
+    assert Image.open(chain / "run/picture.png").width > 6 * 96
+
+    report.main(report_arguments(chain))                                                 # the classifier is kept,
+    assert len(fits) == 1 and json.loads((chain / "run/report.json").read_text())["rows"] == rows
+    report.main([*report_arguments(chain), "--classifier-steps", "4"])                   # and known by its settings
+    assert len(fits) == 2
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"arr_1": np.zeros(120, np.int64)}, "label i mod 10"),
+    ({"arr_0": np.zeros((120, 8, 8, 3), np.uint8)}, "needed are uint8"),
+    (None, "not a readable sample file"),
+    ({}, "--nfe 50"),
+])
+def test_report_refuses_samples(chain, decoder, tmp_path, change, message):
+    path = tmp_path / "samples.npz"
+    if change is None:
+        path.write_bytes(b"no zip")
+    else:
+        np.savez(path, **{**np.load(chain / "run/samples/teacher_50.npz"), **change})
+    if change == {}:
+        write_json(path.with_suffix(".json"), {"settings": {"seed": 0, "nfe": 50}})
+    with pytest.raises(InputError, match=message):
+        report.main([*report_arguments(chain), "--samples", f"MFD 1={path}:1"])
+
+
+def test_judge():
+    def holds(**changes):
+        rows = {"teacher 50": dict(encoder=1.0, classifier=1.0, accuracy=0.97, count=5000),
+                "teacher 1": dict(encoder=9.0, classifier=9.0, accuracy=0.2, count=5000),
+                "CMT 1": dict(encoder=3.0, classifier=3.0, accuracy=0.9, count=5000),
+                "MFD 1": dict(encoder=1.1, classifier=1.2, accuracy=0.96, count=5000)}
+        for name, change in changes.items():
+            rows[name.replace("_", " ")] |= change
+        return [holds for *_, holds in report.judge(rows, 0.99, 5000)]
+    assert all(holds())
+    for changes, failing in ((dict(MFD_1=dict(classifier=1.21)), 1), (dict(MFD_1=dict(accuracy=0.94)), 1),
+                             (dict(MFD_1=dict(accuracy=0.89)), 2), (dict(teacher_1=dict(encoder=4.9)), 2),
+                             (dict(CMT_1=dict(encoder=2.1)), 1), (dict(CMT_1=dict(encoder=10.0)), 1),
+                             (dict(CMT_1=dict(count=4999)), 1), (dict(MFD_1=dict(encoder=math.nan)), 3)):
+        assert holds(**changes).count(False) == failing, changes
