@@ -21,6 +21,7 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import BadZipFile, ZipFile
@@ -29,18 +30,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    InputError,
-    command,
-    digest_of,
-    provenance,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from model import (IMAGE_MEAN, IMAGE_STD, InputError, command, digest_of, provenance, read_tensors, write_atomically, write_json,
+                   write_tensors)
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 K = 3                                                         # neighbours of precision and recall (ADM)
@@ -170,8 +161,8 @@ class NpzImages:
         with complaint(f"{path} is not a readable .npz with arr_0", "make or download it again"):
             archive = ZipFile(path)
             self.member = archive.open("arr_0.npy")
-            version = np.lib.format.read_magic(self.member)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            first = np.lib.format.read_magic(self.member) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
             self.shape, fortran, dtype = read(self.member)
             self.start, self.row = self.member.tell(), int(np.prod(self.shape[1:]))
             length = archive.getinfo("arr_0.npy").file_size
@@ -216,10 +207,10 @@ def open_images(path, size):
 # ----------------------------------------------------------------------------------------------------------------------
 def inception(path, digest, device):
     """A TorchScript file with the interface of NVIDIA's inception-2015-12-05.pt, which is the TensorFlow network of the
-    original FID and takes images of any size; by default that file, put into torch's cache on first use by rank 0."""
+    original FID and takes images of any size; by default that file, put into torch's cache on first use."""
     if not path:
         path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
-        if not path.exists() and rank_and_world()[0] == 0:
+        if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
             with complaint(f"cannot fetch {INCEPTION_URL}", "get it elsewhere and give it as --inception PATH"):
                 with urllib.request.urlopen(INCEPTION_URL, timeout=60) as answer:
                     print(f"fetching {INCEPTION_URL} ({answer.headers['Content-Length']} bytes) to {path}", flush=True)
@@ -387,6 +378,8 @@ def main(argv=None):
     if not args.samples and not args.save_statistics:
         raise InputError("no samples: give an .npz or a folder of them (python sample.py), or --save-statistics FILE")
     samples = open_images(args.samples, None) if args.samples else None
+    if args.micro_batch < 1 or not (args.pr_images == 0 or args.pr_images > K):
+        raise InputError(f"--micro-batch must be 1 or more, --pr-images 0 or more than {K}")
     real, moments, stored = open_reference(args, samples)
     sources = [images for images in (samples, real) if images is not None]
     sizes = {images.image_size for images in sources} | {stored.about.get("image_size") if stored else None} - {None}
@@ -427,19 +420,18 @@ def main(argv=None):
         pair = precision_recall(reference.features.to(device), fake.features.to(device))
         metrics["precision"], metrics["recall"] = pair
     else:
-        notes.append("no precision and recall: no images of the reference")
+        notes.append("no precision and recall: the reference has no images, or --pr-images is 0")
     for name, count in ("samples", len(samples)), ("reference images", reference.about.get("count")):
         if count and count < 10_000 and not (moments and name != "samples"):
             notes.append(f"{count:,} {name}: under 10,000 the distance is biased upwards; compare equal counts only")
 
     def described(path, about):
         return {"path": str(path), "sha256": file_digest(path) if Path(path).is_file() else None, **about}
-    import transformers
     result = {"metrics": metrics, "notes": notes, "features": network[0], "k": K,
               "samples": described(args.samples, fake.about),
               "reference": described(args.reference, {**reference.about, "pr_images": len(reference.features)}),
               "micro_batch": args.micro_batch, "seconds": round(time.monotonic() - began, 1), **provenance(),
-              "numpy": np.__version__, "transformers": transformers.__version__}
+              "numpy": np.__version__, "transformers": version("transformers")}
     out = Path(args.out or Path(args.samples).with_suffix(".metrics.json"))
     write_json(out, result)
     for side in ("samples", "reference"):

@@ -552,7 +552,9 @@ def load_network(source, kind=None, new="", num_classes=None):
         raise InputError(f"{source} is a {has}, a {kind} is needed here"
                          + (": python train_cmt.py makes one from it" if (has, kind) == ("teacher", "student") else ""))
     arguments = {**(config.get("network") or dit_arguments(state)), "time_difference": kind == "student"}
-    arguments["num_classes"] = num_classes or arguments["num_classes"]
+    if num_classes:
+        arguments["num_classes"] = num_classes
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("y_embedder.")}
     net = DiTDH(**arguments)
     load_strictly(net, state, new)
     config = {"time_shift": default_time_shift(net.shape), **config, "kind": kind, "network": arguments}
@@ -615,8 +617,8 @@ def export_autoencoder(folder, decoder, stats, encoder):
         raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.source}: it wants DINOv2's heads of 64 channels, its positions "
                          f"for 518 px, and the decoder's latents {decoder.shape}")
     if decoder.shape[1] != 16:
-        print(f"warning: at {decoder.shape[1]} x {decoder.shape[1]} tokens AutoencoderRAE of diffusers 0.42 uses other positions than RAE's "
-              "(those of a 16 x 16 base): it will decode differently")
+        print(f"warning: at {decoder.shape[1]} x {decoder.shape[1]} tokens AutoencoderRAE of diffusers 0.42 uses other positions than "
+              "RAE's (those of a 16 x 16 base): it will decode differently")
     tensors = {f"encoder.{name}": tensor for name, tensor in encoder.net.state_dict().items()}
     for name, tensor in decoder.state_dict().items():
         for ours, theirs in DIFFUSERS_NAMES:
@@ -627,8 +629,9 @@ def export_autoencoder(folder, decoder, stats, encoder):
                 "_latents_mean": stats[0].float(), "_latents_std": (stats[1] + 1e-5).sqrt().float()}
     layer = decoder.decoder_layers[0]
     write_json(Path(folder) / "config.json", {
-        "_class_name": "AutoencoderRAE", "encoder_type": "dinov2", "encoder_hidden_size": net.hidden_size, "encoder_patch_size": net.patch_size,
-        "encoder_num_hidden_layers": net.num_hidden_layers, "encoder_input_size": encoder.encoder_size, "patch_size": decoder.patch_size,
+        "_class_name": "AutoencoderRAE", "encoder_type": "dinov2", "encoder_hidden_size": net.hidden_size,
+        "encoder_patch_size": net.patch_size, "encoder_num_hidden_layers": net.num_hidden_layers,
+        "encoder_input_size": encoder.encoder_size, "patch_size": decoder.patch_size,
         "decoder_hidden_size": decoder.decoder_embed.out_features, "decoder_num_hidden_layers": len(decoder.decoder_layers),
         "decoder_num_attention_heads": layer.heads, "decoder_intermediate_size": layer.intermediate["dense"].out_features,
         "latents_mean": stats[0].float().tolist(), "latents_std": tensors["_latents_std"].tolist()})

@@ -14,6 +14,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,22 +23,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (
-    InputError,
-    command,
-    denormalize,
-    generator,
-    load_decoder,
-    load_network,
-    load_stats,
-    long_jumps,
-    ode_times,
-    provenance,
-    read_json,
-    solve_ode,
-    write_atomically,
-    write_json,
-)
+from model import (InputError, command, denormalize, generator, load_decoder, load_network, load_stats, long_jumps, ode_times,
+                   provenance, read_json, solve_ode, write_atomically, write_json)
 
 
 def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
@@ -99,17 +86,17 @@ def sample_all(part, settings, batches, make, shape, rank, world):
     if read_json(part / "settings.json") != settings:
         raise InputError(f"{part} holds an interrupted run of other settings: remove it, or give another --out")
     images, labels, done = (numpy.lib.format.open_memmap(part / f"{name}.npy", "r+") for name in arrays)
-    mine = [k for k in range(rank, len(batches), world) if not done[k]]
-    bar = tqdm(total=shape[0], initial=int(sum(len(b) for b, d in zip(batches, done, strict=True) if d)), unit="image",
-               disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30)
-    for k in mine:
+    mine, start, said = [k for k in range(rank, len(batches), world) if not done[k]], time.monotonic(), time.monotonic()
+    bar = tqdm(mine, unit="batch", disable=rank > 0 or not sys.stderr.isatty())
+    for n, k in enumerate(bar, 1):
         rows = slice(batches[k].start, batches[k].stop)
         images[rows], labels[rows] = make(batches[k])
         images.flush()
         done[k] = True                                                            # only after the images are on the disk
-        bar.update(len(batches[k]) * world)
+        if rank == 0 and bar.disable and (time.monotonic() - said > 30 or n == len(mine)):
+            said = time.monotonic()
+            print(f"batch {n} of {len(mine)} of this process, {(said - start) / n * (len(mine) - n):.0f} s left", flush=True)
     done.flush()
-    bar.close()
     if world > 1:
         dist.barrier()
 
@@ -141,7 +128,7 @@ def parse_args(argv=None):
         help="likewise, or an AutoencoderRAE folder (default %(default)s: RAE)")
     add("--stats", help="latent statistics in place of the network's: a latent_stats.safetensors or a published stat.pt")
     add("--nfe", type=int, help="evaluations of the network for each image (default: student 1, teacher 50; MF-RAE)")
-    add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher's PF-ODE; heun makes nfe / 2 steps (default %(default)s)")
+    add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher's PF-ODE; heun: nfe / 2 steps (default %(default)s)")
     add("--time-shift", type=float, help="a of a teacher's grid (default: the network's)")
     add("--num-samples", type=int, default=50_000, help="images (default %(default)s: ADM)")
     add("--labels", default="equal", help="'equal' (image i has class i mod K), 'random', or a list such as 207,360,387 to repeat "
@@ -173,9 +160,9 @@ def main(argv=None):
     if stats is None:
         raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
     if net.shape != decoder.shape:
-        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: they belong to different encoders or sizes")
+        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: another encoder or size")
     if nfe < 1 or args.num_samples < 1 or args.batch_size < 1 or (not student and args.solver == "heun" and nfe % 2):
-        raise InputError("--nfe, --num-samples and --batch-size must be at least 1, and --nfe even with --solver heun (2 evaluations a step)")
+        raise InputError("--nfe, --num-samples and --batch-size must be at least 1, and --nfe even with --solver heun")
     if not isinstance(labels, str) and (not labels or max(labels) >= net.num_classes):
         raise InputError(f"--labels {args.labels}: 'equal', 'random', or a list of numbers below {net.num_classes}")
     net, decoder = net.to(device).eval(), decoder.to(device).eval()

@@ -29,25 +29,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (
-    DIT_PRESETS,
-    DiTDH,
-    InputError,
-    command,
-    default_time_shift,
-    generator,
-    load_network,
-    load_stats,
-    ode_times,
-    provenance,
-    read_json,
-    read_tensors,
-    save_network,
-    solve_ode,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, load_network, load_stats, ode_times,
+                   provenance, read_json, read_tensors, save_network, solve_ode, write_atomically, write_json, write_tensors)
 
 
 def consistency_loss(h, z_t, z_s, t, s, y):
@@ -127,15 +110,15 @@ class Run:
         share = args.batch_size // self.world
         micro = args.micro_batch or share
         if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
-            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must divide "
-                             "evenly, and a micro-batch be a multiple of 4")
+            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
+                             "divide evenly, and a micro-batch be a multiple of 4")
         self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
         if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
             before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
-            other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
+            other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
             if other or not args.resume:
-                raise InputError(f"{self.out} holds another run: give another --out" + (f" (there {'; '.join(other)})" if other else
-                                                                                       ", or --resume to go on with it"))
+                hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
+                raise InputError(f"{self.out} holds another run: give another --out{hint}")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
@@ -182,8 +165,10 @@ class Run:
         self.since, self.logged = time.perf_counter(), self.step
         if args.compile:
             net.compile()
-        return net if self.world == 1 else nn.parallel.DistributedDataParallel(
-            net, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.world == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
@@ -220,20 +205,19 @@ class Run:
 
     def log(self):
         """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
-        table = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in n.values()]) for n in self.numbers])
-        mean, largest = table.mean(0), table.max(0).values
+        table = torch.stack([torch.stack([x.float() for x in numbers.values()]) for numbers in self.numbers])
+        mean = table.mean(0)
         if self.world > 1:
             dist.all_reduce(mean)
             mean /= self.world
-        line = dict(step=self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)))
-        line["grad_norm_max"] = dict(zip(self.numbers[0], largest.tolist(), strict=True))["grad_norm"]
+        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)), "grad_norm_max": table[:, -1].max().item()}
         now = time.perf_counter()
-        self.seconds, self.numbers = self.seconds + now - self.since, []
-        line |= dict(lr=self.lr(), samples_per_second=self.args.batch_size * (self.step - self.logged) / (now - self.since), seconds=self.seconds)
-        self.since, self.logged = now, self.step
+        rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
+        self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
         if not torch.isfinite(mean).all():
-            raise InputError(f"loss or gradient is not finite at step {self.step}; nothing of it was saved. Try a lower --lr or --clip, "
-                             "--precision fp32, or look for damaged latents (encode_latents.py --verify); --resume goes back to the last state")
+            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
+                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
         if self.rank == 0:
             text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
             if not self.args.synthetic:
@@ -244,12 +228,14 @@ class Run:
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
         if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
-            raise InputError(f"weights are not finite at step {self.step}; not saved. Try a lower --lr or --clip, or --precision fp32")
+            raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
         if self.rank == 0:
             state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
             for name, p, average in zip(self.names, self.weights, self.average, strict=True):
-                state |= {f"average/{name}": average, **{f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
-            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
+                state[f"average/{name}"] = average
+                state |= {f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+            about = {"step": str(self.step), "seconds": str(self.seconds)}
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, about)
             save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
             states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
             for path in states:
@@ -272,17 +258,18 @@ def parse_args(argv=None):
     add("--steps", type=int, default=27_000, help="of the optimizer (default %(default)s: MF-RAE)")
     add("--batch-size", type=int, default=512, help="pairs over all devices (default %(default)s: MF-RAE, 8 trajectories of 64 pairs)")
     add("--pairs", type=int, default=64, help="pairs drawn from a trajectory in its life (default %(default)s: MF-RAE)")
-    add("--pool-age", type=int, default=64, metavar="STEPS", help="steps that a trajectory is kept, a multiple of 4 (default %(default)s; the "
-        "teacher's batches grow with it, and the pool's memory: age * batch-size / pairs trajectories)")
+    add("--pool-age", type=int, default=64, metavar="STEPS", help="steps that a trajectory is kept, a multiple of 4 (default "
+        "%(default)s; the teacher's batches grow with it, and the pool's memory: age * batch-size / pairs trajectories)")
     add("--teacher-steps", type=int, default=16, help="steps of the solver (default %(default)s: MF-RAE)")
     add("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (default %(default)s: MF-RAE)")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
     add("--lr-final", type=float, help="learning rate at the last step, reached linearly (default: --lr; MF-RAE)")
     add("--decay-from", type=float, default=0.0, help="part of the run where the decay begins (default %(default)s)")
     add("--ema", type=float, default=0.999, help="decay of the weights' average per step (default %(default)s: MF-RAE)")
-    add("--label-dropout", type=float, default=0.1, help="probability of 'no label', teacher and student alike (default %(default)s: MF-RAE)")
+    add("--label-dropout", type=float, default=0.1, help="probability of 'no label', for teacher and student alike "
+        "(default %(default)s: MF-RAE)")
     add("--time-shift", type=float, help="a of the solver's grid t_i = shift(1 - i / N) (default: the teacher's)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients are accumulated (default: a device's whole share)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's whole share)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
@@ -303,8 +290,8 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args)
     if args.batch_size % (args.pairs * run.world) or args.pairs % 4 or args.pool_age < 4 or args.pool_age % 4:
-        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times {run.world} processes, and --pairs and "
-                         "--pool-age multiples of 4")
+        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times {run.world} processes, and "
+                         "--pairs and --pool-age multiples of 4")
     if args.synthetic:
         grid = args.synthetic // 16
         teacher = DiTDH(grid, 768, num_classes=1000, **DIT_PRESETS[args.preset])
@@ -314,8 +301,8 @@ def main(argv=None):
         teacher, config, stats = load_network(args.teacher, "teacher")
         student, student_config, _ = load_network(args.init or args.teacher, "student", new="r_embedder.")
         if student.shape != teacher.shape or student.num_classes != teacher.num_classes:
-            raise InputError(f"--init {args.init} has latents {student.shape} and {student.num_classes} classes, the teacher {teacher.shape} and "
-                             f"{teacher.num_classes}")
+            raise InputError(f"--init {args.init} has latents {student.shape} and {student.num_classes} classes, the teacher "
+                             f"{teacher.shape} and {teacher.num_classes}")
         stats = load_stats(args.stats) if args.stats else stats
         if stats is None:
             raise InputError(f"{args.teacher} brings no latent statistics: give them with --stats")
@@ -332,7 +319,8 @@ def main(argv=None):
             return solve_ode(lambda z, t: v(z, t, y).float(), z_1, times, args.solver)
 
     groups = range(run.rows[0][0] // args.pairs, run.rows[-1][1] // args.pairs)
-    pool = TrajectoryPool(solve, teacher.shape, times, groups, args.pool_age, args.seed, teacher.num_classes, args.label_dropout, run.step, run.device)
+    pool = TrajectoryPool(solve, teacher.shape, times, groups, args.pool_age, args.seed, teacher.num_classes, args.label_dropout,
+                          run.step, run.device)
     while run.step < args.steps:
         if run.step % pool.quarter == 0 and run.step > 0:
             pool.renew(run.step // pool.quarter + 3)

@@ -8,7 +8,7 @@ eta = 1 is MFD: the teacher's velocity v in place of the one-point velocity, low
 bias, high variance, a short run after MFD (MF-RAE, arXiv 2511.13019, section 3). For three rows in four s = t, where the loss is
 flow matching (or its distillation) and no derivative is needed.
 
-    python train_meanflow.py                                   # one GPU (or CPU): reads data/latents, runs/teacher, runs/cmt; writes runs/meanflow
+    python train_meanflow.py                                   # one GPU (or CPU): data/latents, runs/teacher, runs/cmt -> runs/meanflow
     torchrun --nproc_per_node=8 train_meanflow.py              # eight GPUs
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_meanflow.py   # on each of four nodes
     python train_meanflow.py --eta 0 --init runs/meanflow --out runs/mft --steps 10000       # MFT after MFD
@@ -30,25 +30,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (
-    DIT_PRESETS,
-    DiTDH,
-    InputError,
-    command,
-    default_time_shift,
-    generator,
-    load_network,
-    load_stats,
-    normalize,
-    provenance,
-    read_json,
-    read_tensors,
-    save_network,
-    time_shift,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, load_network, load_stats, normalize,
+                   provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
 
 
 def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.005, form="mean", power=0.0, loss_eps=1e-3,
@@ -127,15 +110,15 @@ class Run:
         share = args.batch_size // self.world
         micro = args.micro_batch or share
         if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
-            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must divide "
-                             "evenly, and a micro-batch be a multiple of 4")
+            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
+                             "divide evenly, and a micro-batch be a multiple of 4")
         self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
         if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
             before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
-            other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
+            other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
             if other or not args.resume:
-                raise InputError(f"{self.out} holds another run: give another --out" + (f" (there {'; '.join(other)})" if other else
-                                                                                       ", or --resume to go on with it"))
+                hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
+                raise InputError(f"{self.out} holds another run: give another --out{hint}")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
@@ -182,8 +165,10 @@ class Run:
         self.since, self.logged = time.perf_counter(), self.step
         if args.compile:
             net.compile()
-        return net if self.world == 1 else nn.parallel.DistributedDataParallel(
-            net, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.world == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
@@ -220,20 +205,19 @@ class Run:
 
     def log(self):
         """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
-        table = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in n.values()]) for n in self.numbers])
-        mean, largest = table.mean(0), table.max(0).values
+        table = torch.stack([torch.stack([x.float() for x in numbers.values()]) for numbers in self.numbers])
+        mean = table.mean(0)
         if self.world > 1:
             dist.all_reduce(mean)
             mean /= self.world
-        line = dict(step=self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)))
-        line["grad_norm_max"] = dict(zip(self.numbers[0], largest.tolist(), strict=True))["grad_norm"]
+        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)), "grad_norm_max": table[:, -1].max().item()}
         now = time.perf_counter()
-        self.seconds, self.numbers = self.seconds + now - self.since, []
-        line |= dict(lr=self.lr(), samples_per_second=self.args.batch_size * (self.step - self.logged) / (now - self.since), seconds=self.seconds)
-        self.since, self.logged = now, self.step
+        rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
+        self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
         if not torch.isfinite(mean).all():
-            raise InputError(f"loss or gradient is not finite at step {self.step}; nothing of it was saved. Try a lower --lr or --clip, "
-                             "--precision fp32, or look for damaged latents (encode_latents.py --verify); --resume goes back to the last state")
+            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
+                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
         if self.rank == 0:
             text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
             if not self.args.synthetic:
@@ -244,12 +228,14 @@ class Run:
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
         if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
-            raise InputError(f"weights are not finite at step {self.step}; not saved. Try a lower --lr or --clip, or --precision fp32")
+            raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
         if self.rank == 0:
             state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
             for name, p, average in zip(self.names, self.weights, self.average, strict=True):
-                state |= {f"average/{name}": average, **{f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
-            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
+                state[f"average/{name}"] = average
+                state |= {f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+            about = {"step": str(self.step), "seconds": str(self.seconds)}
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, about)
             save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
             states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
             for path in states:
@@ -265,23 +251,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--latents", default="data/latents", help="folder written by encode_latents.py (default %(default)s)")
-    add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes; its shards "
-        "are not needed then (default: none, read the shards)")
+    add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes; its "
+        "shards are not needed then (default: none, read the shards)")
     add("--stats", help="latent statistics in place of those of the student: a latent_stats.safetensors or a published stat.pt")
-    add("--teacher", default="runs/teacher", help="folder, published .pt or .safetensors file, or Hub path; unused with --eta 0 (default %(default)s)")
-    add("--init", default="runs/cmt", help="the student to start from, likewise; a teacher's weights are taken too, with a new embedding of "
-        "t - s (default %(default)s)")
+    add("--teacher", default="runs/teacher", help="folder, published .pt or .safetensors file, or Hub path; unused with --eta 0 "
+        "(default %(default)s)")
+    add("--init", default="runs/cmt", help="the student to start from, likewise; a teacher's weights are taken too, with a new embedding "
+        "of t - s (default %(default)s)")
     add("--out", default="runs/meanflow", help="folder for the network, states and log (default %(default)s)")
     add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the network, with --synthetic alone (default %(default)s)")
     add("--steps", type=int, default=180_000, help="of the optimizer (default %(default)s: MF-RAE)")
     add("--batch-size", type=int, default=256, help="over all devices (default %(default)s: MF-RAE; 128 at 512 px)")
-    add("--eta", type=float, nargs="+", default=[1.0], help="1: MFD, 0: MFT, between: a mixture; two numbers: from the first to the second over "
-        "the run (default 1: MF-RAE)")
-    add("--derivative", choices=("jvp", "fd", "fd-central"), default="jvp", help="of h along the flow: exact, by finite differences within [s, 1], "
-        "or by the published central ones (default %(default)s)")
+    add("--eta", type=float, nargs="+", default=[1.0], help="1: MFD, 0: MFT, between: a mixture; two numbers: from the first to the second "
+        "over the run (default 1: MF-RAE)")
+    add("--derivative", choices=("jvp", "fd", "fd-central"), default="jvp", help="of h along the flow: exact, by finite differences within "
+        "[s, 1], or by the published central ones (default %(default)s)")
     add("--delta-t", type=float, default=0.005, help="step of the finite differences, in t (default %(default)s: MF-RAE)")
-    add("--loss-form", choices=("mean", "published"), default="published", help="the weight of a sample is made of its mean squared error per "
-        "element, or of the square of its summed one (default %(default)s: MF-RAE at XL; small networks: mean, docs/METHOD.md)")
+    add("--loss-form", choices=("mean", "published"), default="published", help="the weight of a sample is made of its mean squared "
+        "error per element, or of the square of its summed one (default %(default)s: MF-RAE at XL; small networks: mean, docs/METHOD.md)")
     add("--loss-power", type=float, default=1.0, help="p of the weight (q + c)^-p (default %(default)s: MF-RAE; 0: plain squared error)")
     add("--loss-eps", type=float, default=1e-3, help="c of the weight (default %(default)s: MF-RAE)")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
@@ -290,7 +277,7 @@ def parse_args(argv=None):
     add("--ema", type=float, default=0.9999, help="decay of the weights' average per step (default %(default)s: MF-RAE; 0.9995 at 512 px)")
     add("--label-dropout", type=float, default=0.1, help="probability of 'no label' (default %(default)s: MF-RAE)")
     add("--time-shift", type=float, help="a of shift(u) = a u / (1 + (a - 1) u) (default: the student's)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients are accumulated (default: a device's whole share)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's whole share)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
@@ -324,11 +311,11 @@ def main(argv=None):
         stats = load_stats(args.stats) if args.stats else stats if stats is not None else data.stats
         for name, net in (("--init", student), ("--teacher", teacher)):
             if net and (net.shape != data.shape or net.num_classes != len(data.classes)):
-                raise InputError(f"{name} is for latents {net.shape} of {net.num_classes} classes, --latents {args.latents} holds {data.shape} of "
-                                 f"{len(data.classes)}")
+                raise InputError(f"{name} is for latents {net.shape} of {net.num_classes} classes, --latents {args.latents} holds "
+                                 f"{data.shape} of {len(data.classes)}")
         if not args.stats and not all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(stats, data.stats, strict=True)):
-            raise InputError(f"the student was trained with other latent statistics than those in {args.latents}: encode with the same encoder "
-                             "and data, or choose with --stats")
+            raise InputError(f"the student was trained with other latent statistics than those in {args.latents}: encode with the same "
+                             "encoder and data, or choose with --stats")
     shift = config["time_shift"] = args.time_shift or config["time_shift"]
     h = run.adopt(student, config, stats)
     v = None

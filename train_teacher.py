@@ -25,24 +25,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (
-    DIT_PRESETS,
-    DiTDH,
-    InputError,
-    command,
-    default_time_shift,
-    generator,
-    load_stats,
-    normalize,
-    provenance,
-    read_json,
-    read_tensors,
-    save_network,
-    time_shift,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, load_network, load_stats, normalize,
+                   provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
 
 
 def flow_matching_loss(v, z_0, eps, t, y):
@@ -85,15 +69,15 @@ class Run:
         share = args.batch_size // self.world
         micro = args.micro_batch or share
         if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
-            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must divide "
-                             "evenly, and a micro-batch be a multiple of 4")
+            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
+                             "divide evenly, and a micro-batch be a multiple of 4")
         self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
         if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
             before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
-            other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
+            other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
             if other or not args.resume:
-                raise InputError(f"{self.out} holds another run: give another --out" + (f" (there {'; '.join(other)})" if other else
-                                                                                       ", or --resume to go on with it"))
+                hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
+                raise InputError(f"{self.out} holds another run: give another --out{hint}")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
@@ -140,8 +124,10 @@ class Run:
         self.since, self.logged = time.perf_counter(), self.step
         if args.compile:
             net.compile()
-        return net if self.world == 1 else nn.parallel.DistributedDataParallel(
-            net, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.world == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
@@ -178,20 +164,19 @@ class Run:
 
     def log(self):
         """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
-        table = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in n.values()]) for n in self.numbers])
-        mean, largest = table.mean(0), table.max(0).values
+        table = torch.stack([torch.stack([x.float() for x in numbers.values()]) for numbers in self.numbers])
+        mean = table.mean(0)
         if self.world > 1:
             dist.all_reduce(mean)
             mean /= self.world
-        line = dict(step=self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)))
-        line["grad_norm_max"] = dict(zip(self.numbers[0], largest.tolist(), strict=True))["grad_norm"]
+        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)), "grad_norm_max": table[:, -1].max().item()}
         now = time.perf_counter()
-        self.seconds, self.numbers = self.seconds + now - self.since, []
-        line |= dict(lr=self.lr(), samples_per_second=self.args.batch_size * (self.step - self.logged) / (now - self.since), seconds=self.seconds)
-        self.since, self.logged = now, self.step
+        rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
+        self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
         if not torch.isfinite(mean).all():
-            raise InputError(f"loss or gradient is not finite at step {self.step}; nothing of it was saved. Try a lower --lr or --clip, "
-                             "--precision fp32, or look for damaged latents (encode_latents.py --verify); --resume goes back to the last state")
+            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
+                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
         if self.rank == 0:
             text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
             if not self.args.synthetic:
@@ -202,12 +187,14 @@ class Run:
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
         if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
-            raise InputError(f"weights are not finite at step {self.step}; not saved. Try a lower --lr or --clip, or --precision fp32")
+            raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
         if self.rank == 0:
             state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
             for name, p, average in zip(self.names, self.weights, self.average, strict=True):
-                state |= {f"average/{name}": average, **{f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
-            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
+                state[f"average/{name}"] = average
+                state |= {f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+            about = {"step": str(self.step), "seconds": str(self.seconds)}
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, about)
             save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
             states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
             for path in states:
@@ -223,9 +210,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--latents", default="data/latents", help="folder written by encode_latents.py (default %(default)s)")
-    add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes, whose "
-        "statistics are used too; its shards are not needed (default: none, read the shards)")
+    add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes, "
+        "whose statistics are used too; its shards are not needed (default: none, read the shards)")
     add("--stats", help="latent statistics in place of those of --latents: a latent_stats.safetensors or a published stat.pt")
+    add("--init", help="a teacher to start from, in place of random weights of --preset: folder, published .pt or .safetensors file, "
+        "or Hub path")
+    add("--new-classes", action="store_true", help="with --init: a new label table, for other classes than it was trained on")
     add("--out", default="runs/teacher", help="folder for the network, states and log (default %(default)s)")
     add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the network (default %(default)s: paper)")
     add("--steps", type=int, default=1_000_800, help="of the optimizer (default %(default)s: 800 epochs of ImageNet, RAE)")
@@ -238,7 +228,7 @@ def parse_args(argv=None):
     add("--time-shift", type=float, help="a of shift(u) = a u / (1 + (a - 1) u) (default: sqrt(C H W / 4096), at least 1; RAE)")
     add("--time-draw", choices=("uniform", "logit-normal"), default="uniform", help="law of u, before the shift (default %(default)s: RAE; "
         "logit-normal(0, 1): a later release of it)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients are accumulated (default: a device's whole share)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's whole share)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
@@ -263,9 +253,19 @@ def main(argv=None):
     data = TrainingData(args.latents, args.data_path, args.synthetic)
     stats = load_stats(args.stats) if args.stats else data.stats
     shift = args.time_shift or default_time_shift(data.shape)
-    network = dict(input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes), **DIT_PRESETS[args.preset])
+    if args.init:
+        new = dict(new="y_embedder.", num_classes=len(data.classes)) if args.new_classes else {}
+        net, loaded, _ = load_network(args.init, "teacher", **new)
+        if net.shape != data.shape or net.num_classes != len(data.classes):
+            raise InputError(f"--init {args.init} is for latents {net.shape} of {net.num_classes} classes, --latents {args.latents} "
+                             f"holds {data.shape} of {len(data.classes)}"
+                             + ": --new-classes starts a new label table" * (net.shape == data.shape))
+        network = loaded["network"]
+    else:
+        network = dict(input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes), **DIT_PRESETS[args.preset])
+        net = DiTDH(**network)
     config = {"kind": "teacher", "network": network, "time_shift": shift, "classes": data.classes, "latents": data.about}
-    v = run.adopt(DiTDH(**network), config, stats)
+    v = run.adopt(net, config, stats)
     batches = data.batches(args.seed, args.batch_size, run.rows, run.step, args.steps, run.device, args.workers)
 
     while run.step < args.steps:

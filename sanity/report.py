@@ -52,10 +52,10 @@ class Classifier(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        layers = []
-        for before, width in ((3, 32), (32, 64), (64, 128), (128, 128)):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
+        layers = [nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        for before, width in ((32, 64), (64, 128), (128, 128)):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                       nn.MaxPool2d(2)]
         self.trunk = nn.Sequential(*layers[:-1])
         self.head = nn.Linear(128, classes)
 

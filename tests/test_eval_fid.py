@@ -455,6 +455,9 @@ def test_wrong_network(place, tmp_path, make, message):
 def test_wrong_arguments(place):
     with pytest.raises(InputError, match="no samples"):
         run(place[0], "--reference", place[0] / "reference.npz", samples=None)
+    for flags in ("--micro-batch", "0"), ("--pr-images", "3"), ("--pr-images", "-1"):
+        with pytest.raises(InputError, match="--micro-batch must be 1 or more, --pr-images 0 or more than 3"):
+            run(place[0], "--reference", place[0] / "reference.npz", *flags)
     with pytest.raises(InputError, match="incepton: not inception, dinov2 or encoder:SPEC.*neither a folder nor"):
         run(place[0], "--reference", place[0] / "reference.npz", "--features", "incepton")
 

@@ -30,8 +30,8 @@ meanflow_loss = alone(train_meanflow.meanflow_loss)
 def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
     p, net = published, published["student"]
     net.zero_grad()
-    loss, numbers = meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, derivative,
-                                  delta_t, form="published", power=1.0)
+    loss, numbers = meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta,
+                                  derivative, delta_t, form="published", power=1.0)
     loss.backward()
     figure = figures[f"{name} jvp" if derivative == "jvp" else f"{name} dt={delta_t}"]
     assert float(numbers["mse"]) == pytest.approx(figure["mse"], rel=1e-5)
@@ -196,7 +196,8 @@ def test_mft_has_mfds_gradient_in_expectation():
         gradients = []
         for eta in (0.0, 1.0):
             theta = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
-            gradients.append(torch.autograd.grad(meanflow_loss(bent(theta), v_exact, z_0, eps, t, s, torch.zeros(len(z_0)), eta)[0], theta)[0])
+            loss = meanflow_loss(bent(theta), v_exact, z_0, eps, t, s, torch.zeros(n), eta)[0]
+            gradients.append(torch.autograd.grad(loss, theta)[0])
         difference.append(gradients[0] - gradients[1])
         size.append(gradients[1])
     difference = torch.stack(difference)
@@ -214,7 +215,7 @@ def test_proposition_3_1(eta):
     z_0, eps, _ = gaussian(n)
     t, s = torch.full((n,), 0.8, dtype=torch.double), torch.full((n,), 0.3, dtype=torch.double)
     theta = 0.2
-    h = lambda z, t, s, y: h_exact(z, t, s) + theta                                # u_v of it: h_exact, plus nothing (theta is constant)
+    h = lambda z, t, s, y: h_exact(z, t, s) + theta  # noqa: E731  (its u_v is that of h_exact: theta is constant)
     losses = []
     for part in range(20):
         k = slice(part * n // 20, (part + 1) * n // 20)

@@ -102,7 +102,8 @@ def test_from_the_hub(teacher, tmp_path, monkeypatch):
     import huggingface_hub
     torch.save(teacher.state_dict(), tmp_path / "net.pt")
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, inside: asked.append((repository, inside)) or str(tmp_path / "net.pt"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda repository, inside: asked.append((repository, inside)) or str(tmp_path / "net.pt"))
     model.load_network("nyu-visionx/RAE-collections/DiTs/Dinov2/stage2_model.pt")
     assert asked == [("nyu-visionx/RAE-collections", "DiTs/Dinov2/stage2_model.pt")]
     monkeypatch.undo()
@@ -139,7 +140,8 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     bias = "blocks.0.attn.proj.bias"
     refused(rf"1 tensors: {bias} is missing \(32,\)", {k: v for k, v in state.items() if k != bias})
     refused(r"extra is unexpected \(3,\)", {**state, "extra": torch.zeros(3)})
-    refused(r"blocks.0.mlp.w3.weight is \(85, 32\), wanted \(32, 85\)", {**state, "blocks.0.mlp.w3.weight": state["blocks.0.mlp.w3.weight"].T.contiguous()})
+    w3 = "blocks.0.mlp.w3.weight"
+    refused(rf"{w3} is \(85, 32\), wanted \(32, 85\)", {**state, w3: state[w3].T.contiguous()})
     refused("run code", {**state, "x": Runs()})
     refused("no state dict", {"weights": [1, 2]})
     torch.save(state, path)
@@ -157,7 +159,8 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
 
 
 def test_a_turned_bit_is_noticed(teacher, tmp_path):
-    model.save_network(tmp_path / "net", teacher.state_dict(), {"kind": "teacher", "network": TINY}, (torch.zeros(8, 4, 4), torch.ones(8, 4, 4)))
+    stats = torch.zeros(8, 4, 4), torch.ones(8, 4, 4)
+    model.save_network(tmp_path / "net", teacher.state_dict(), {"kind": "teacher", "network": TINY}, stats)
     model.load_network(tmp_path / "net")
     for name in ("model.safetensors", "latent_stats.safetensors"):
         content = bytearray((tmp_path / "net" / name).read_bytes())
@@ -176,7 +179,8 @@ def autoencoder(tmp_path_factory):
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     home = tmp_path_factory.mktemp("rae")
     torch.manual_seed(0)
-    net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, patch_size=14, image_size=518))
+    net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, patch_size=14,
+                                                             image_size=518))
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     net.save_pretrained(home / "dinov2")

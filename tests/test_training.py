@@ -39,8 +39,8 @@ def home(tmp_path_factory):
     """Images, latents, a teacher and a CMT student, each made by its own script."""
     home = tmp_path_factory.mktemp("home")
     random_images(home / "images")
-    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--image-size", "16", "--encoder-size", "16", "--workers", "0",
-                         "--encoder", "random:width=12,depth=1,heads=2,patch=4,seed=0"])
+    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--image-size", "16", "--encoder-size", "16",
+                         "--workers", "0", "--encoder", "random:width=12,depth=1,heads=2,patch=4,seed=0"])
     train(home, "teacher", f"{home}/teacher", "--steps", "8")
     train(home, "cmt", f"{home}/cmt")
     return home
@@ -52,8 +52,8 @@ def arguments(home, stage, out, *more):
               "cmt": ["--teacher", f"{home}/teacher", "--teacher-steps", "4", "--pairs", "8", "--pool-age", "4"],
               "meanflow": ["--latents", f"{home}/latents", "--teacher", f"{home}/teacher", "--init", f"{home}/cmt",
                            "--loss-form", "mean", "--eta", "1", "0.5"]}[stage]
-    return [*inputs, "--out", str(out), "--steps", "6", "--batch-size", "16", "--lr", "1e-3", "--save-every", "3", "--log-every", "1", "--keep", "9",
-            "--precision", "fp32", *map(str, more)]
+    return [*inputs, "--out", str(out), "--steps", "6", "--batch-size", "16", "--lr", "1e-3", "--save-every", "3", "--log-every", "1",
+            "--keep", "9", "--precision", "fp32", *map(str, more)]
 
 
 def train(home, stage, out, *more):
@@ -68,18 +68,24 @@ def log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-def process(rank, world, port, argv, stage):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def process(rank, world, port, argv, main):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    STAGES[stage].main(argv)
+    main(argv)
     torch.distributed.destroy_process_group()
 
 
-def train_on(world, home, stage, out, *more):
+def run_on(world, main, argv):
+    """`main(argv)` in `world` processes, as torchrun would start them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(process, (world, port, arguments(home, stage, out, *more), stage), nprocs=world)
+    torch.multiprocessing.spawn(process, (world, port, argv, main), nprocs=world)
+
+
+def train_on(world, home, stage, out, *more):
+    run_on(world, STAGES[stage].main, arguments(home, stage, out, *more))
 
 
 def close(a, b, tolerance):
@@ -88,8 +94,8 @@ def close(a, b, tolerance):
 
 
 def test_the_shared_text_is_the_same():
-    blocks = {re.search(r"# =+ The same text in.*?# =+ end of the shared text =+\n", (ROOT / f"train_{stage}.py").read_text(), re.S)[0] for stage in STAGES}
-    assert len(blocks) == 1
+    shared = r"# =+ The same text in.*?# =+ end of the shared text =+\n"
+    assert len({re.search(shared, (ROOT / f"train_{stage}.py").read_text(), re.S)[0] for stage in STAGES}) == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -108,8 +114,7 @@ def test_splitting_changes_nothing(home, tmp_path, stage):
 def test_stopped_and_resumed_is_bit_identical(home, tmp_path, stage):
     """Stopped at step 3, the newest state (of step 5, say) damaged, resumed: the weights, states and log of the undisturbed run."""
     train(home, stage, tmp_path / "whole")
-    fractions = [] if stage == "cmt" else []
-    train(home, stage, tmp_path / "parts", "--save-every", "1", "--keep", "3", *fractions)
+    train(home, stage, tmp_path / "parts", "--save-every", "1", "--keep", "3")
     states = sorted((tmp_path / "parts").glob("state_*"))
     assert [p.name for p in states] == [f"state_{k:08d}.safetensors" for k in (4, 5, 6)]
     states[2].unlink()                            # killed before the last state was there,
@@ -204,7 +209,8 @@ def test_mistakes(home, tmp_path):
         ("train_teacher.py", ["--latents", tmp_path / "none", "--out", new], "encode_latents.py"),
         ("train_cmt.py", ["--teacher", "runs/none", "--out", new], "does not exist"),
         ("train_cmt.py", ["--teacher", home / "cmt", "--out", new], "is a student, a teacher is needed"),
-        ("train_meanflow.py", ["--teacher", home / "cmt", "--init", home / "cmt", "--latents", home / "latents", "--out", new], "a teacher is needed"),
+        ("train_meanflow.py", ["--teacher", home / "cmt", "--init", home / "cmt", "--latents", home / "latents", "--out", new],
+         "a teacher is needed"),
         ("train_teacher.py", ["--latents", home / "latents", "--batch-size", 18, "--out", new], "multiple of 4"),
         ("train_cmt.py", ["--teacher", home / "teacher", "--batch-size", 32, "--pairs", 20, "--out", new], "--pairs"),
         ("train_teacher.py", ["--latents", home / "latents", "--out", home / "teacher"], "another run"),
@@ -221,10 +227,9 @@ def test_networks_that_do_not_fit(home, tmp_path):
     def fails(words, **changes):
         state, config = weights(home / "cmt"), json.loads((home / "cmt" / "config.json").read_text())
         stats = tuple(weights(home / "cmt", "latent_stats.safetensors")[k] for k in ("mean", "var"))
-        network = model.DiTDH(**{**config["network"], **changes.get("network", {})})
-        model.save_network(tmp_path / "other", network.state_dict() if "network" in changes else state,
-                           {**config, "network": {**config["network"], **changes.get("network", {})}},
-                           (stats[0] + changes.get("shift", 0), stats[1]))
+        sizes = {**config["network"], **changes.get("network", {})}
+        model.save_network(tmp_path / "other", model.DiTDH(**sizes).state_dict() if "network" in changes else state,
+                           {**config, "network": sizes}, (stats[0] + changes.get("shift", 0), stats[1]))
         with pytest.raises(model.InputError, match=words):
             train(home, "meanflow", tmp_path / "out", "--init", tmp_path / "other")
         assert not (tmp_path / "out").exists()
@@ -233,7 +238,7 @@ def test_networks_that_do_not_fit(home, tmp_path):
     fails("statistics", shift=0.1)
 
 
-@pytest.mark.parametrize("script", ["encode_latents.py", "train_teacher.py", "train_cmt.py", "train_meanflow.py", "sample.py", "eval_fid.py"])
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "model.py"))
 def test_help_is_quick(script):
     best = 99
     for _ in range(3):                            # a busy machine is not the script's fault
@@ -254,7 +259,8 @@ def test_a_broken_state_is_never_saved(home, tmp_path):
 def test_a_signal_saves_and_stops(home, tmp_path):
     argv = arguments(home, "teacher", tmp_path / "out", "--steps", "100000", "--save-every", "100000")
     argv[argv.index("tiny")] = "DiTDH-mini"
-    child = subprocess.Popen([sys.executable, ROOT / "train_teacher.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    child = subprocess.Popen([sys.executable, ROOT / "train_teacher.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True, cwd=ROOT)
     assert '"step": 1' in child.stdout.readline()
     child.terminate()
     rest = child.communicate(timeout=60)[0]
@@ -269,9 +275,10 @@ def test_sampling_from_what_was_trained(home, tmp_path):
     model.save_network(tmp_path / "decoder", decoder.state_dict(), {"kind": "decoder", "network": dict(
         input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)}, model.load_stats(home / "latents"))
 
-    def run(name, *more):
-        sample.main([f"{home}/{'teacher' if 'teacher' in name else 'cmt'}", "--decoder", f"{tmp_path}/decoder", "--num-samples", "20",
-                     "--out", f"{tmp_path}/{name}.npz", *more])
+    def run(name, *more, world=1):
+        argv = [f"{home}/{'teacher' if 'teacher' in name else 'cmt'}", "--decoder", f"{tmp_path}/decoder", "--num-samples", "20",
+                "--out", f"{tmp_path}/{name}.npz", *more]
+        sample.main(argv) if world == 1 else run_on(world, sample.main, argv)
         file = numpy.load(tmp_path / f"{name}.npz")
         return file["arr_0"], file["arr_1"]
     images, labels = run("a", "--batch-size", "8", "--grid", f"{tmp_path}/grid.png")
@@ -279,6 +286,7 @@ def test_sampling_from_what_was_trained(home, tmp_path):
     assert labels.tolist() == [i % 3 for i in range(20)] and Image.open(tmp_path / "grid.png").size[0] > 100
     other, _ = run("b", "--batch-size", "5")
     assert abs(images.astype(int) - other).max() <= 1
+    assert numpy.array_equal(run("two", "--batch-size", "8", world=2)[0], images)
     with pytest.raises(RuntimeError, match="interrupted"):
         original, calls = sample.to_uint8, []
 
