@@ -463,17 +463,15 @@ def find(source):
     path, parts = Path(source), str(source).split("/")
     if path.exists():
         return path
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or parts[0] in ("runs", "data"):
-        raise InputError(f"{source} does not exist" + {"runs/teacher": ": python train_teacher.py makes it",
-                         "runs/cmt": ": python train_cmt.py makes it", "runs/meanflow": ": python train_meanflow.py makes it",
-                         "runs/decoder": ": train a decoder, or give a published one (docs/PUBLISHED.md)"}.get(str(source), ""))
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or parts[0] == "runs":
+        maker = {"runs/teacher": "train_teacher.py", "runs/cmt": "train_cmt.py", "runs/meanflow": "train_meanflow.py"}.get(str(source))
+        raise InputError(f"{source} does not exist" + (f": python {maker} makes it" if maker else ""))
     from huggingface_hub import hf_hub_download, snapshot_download
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         if path.suffix in (".pt", ".safetensors"):
             return Path(hf_hub_download(repository, inside))
-        patterns = [f"{inside}/*".lstrip("/") if inside else "*.json", f"{inside}/*" if inside else "*.safetensors"]
-        return Path(snapshot_download(repository, allow_patterns=patterns)) / inside
+        return Path(snapshot_download(repository, allow_patterns=[f"{inside}/*"] if inside else ["*.json", "*.safetensors"])) / inside
     except Exception as error:                    # the Hub's client has a dozen kinds: offline, absent, forbidden, ...
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{source} is neither here nor could it be had from the Hub ({reason})") from error

@@ -43,9 +43,9 @@ def colour(rng, light):
 def draw(seed, split, digit, index, size):
     """One image, (size, size, 3) uint8."""
     rng = np.random.default_rng([seed, SPLITS.index(split), digit, index])
-    paper, ink = colour(rng, light := rng.random() < 0.5), colour(rng, not light)
+    paper, ink = colour(rng, light=False), colour(rng, light=True)
     while abs((paper - ink) @ LUMA) < 0.35:        # a pale blue on a deep yellow would be hard to read
-        paper, ink = colour(rng, light), colour(rng, not light)
+        paper, ink = colour(rng, light=False), colour(rng, light=True)
     mask, big = glyph(digit), size * OVERSAMPLE
     scale = rng.uniform(0.65, 0.85) * big / mask.height
     angle = math.radians(rng.uniform(-12, 12))

@@ -458,6 +458,10 @@ def test_zip_is_folder(data, encoded, tmp_path):
         out = encode(tmp_path / f"{data.name}.zip", tmp_path / f"out{len(top)}", "--workers", "2")
         assert {k: v for k, v in contents(out).items() if k.startswith(("shard", "latent_"))} == {
             k: v for k, v in contents(encoded).items() if k.startswith(("shard", "latent_"))}
+    images = Images(tmp_path / f"{data.name}.zip", 8)
+    place = os.lseek(images.zip.fp.fileno(), 0, os.SEEK_CUR)
+    list(batches_of(images, [[0, 22]], workers=1))
+    assert os.lseek(images.zip.fp.fileno(), 0, os.SEEK_CUR) == place      # a forked worker must not move ours
     (tmp_path / "cut.zip").write_bytes((tmp_path / f"{data.name}.zip").read_bytes()[:-40])
     with pytest.raises(InputError, match="cut.zip is no whole .zip"):
         Images(tmp_path / "cut.zip", 8)
@@ -505,7 +509,7 @@ def test_two_processes_write_what_one_writes(data, encoded, tmp_path):
     said = [process.communicate(timeout=120)[0] for process in two]
     assert [process.returncode for process in two] == [0, 0], said
     assert contents(tmp_path / "out") == contents(encoded)
-    assert "images/s" in said[0] and "images/s" not in said[1]
+    assert "30 of 30 images" in said[0] and "images" not in said[1]        # two shards here, 15 images; one there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -530,7 +534,7 @@ def test_flips_follow_from_the_position():
     bits = [i for rows in RowSampler(50, 1, 20, [(0, 20)], 0, 50, flips=True) for i in rows]
     assert [i % 50 for i in bits] == plain
     assert 400 < sum(i >= 50 for i in bits) < 600
-    assert len(set(bits)) == 100                                                     # flipped in some epochs only
+    assert len(set(bits)) == 100 and [i >= 50 for i in bits[:50]] != [i >= 50 for i in bits[50:100]]
     assert [i for rows in RowSampler(50, 1, 20, [(10, 20)], 25, 50, flips=True) for i in rows] == [
         i for k in range(25, 50) for i in bits[20 * k + 10:20 * k + 20]]
 

@@ -151,6 +151,16 @@ def test_the_student_starts_as_the_teacher(home, capsys):
         assert torch.equal(student(z, t, y, s), teacher(z, t, y))
 
 
+def test_fine_tuning(home, tmp_path):
+    """From a teacher's weights, with its label table or a new one; the learning rate is 0, so that the weights stay visible."""
+    still = ["--lr", "0", "--lr-final", "0", "--steps", "1", "--init", home / "teacher"]
+    train(home, "teacher", tmp_path / "same", *still)
+    train(home, "teacher", tmp_path / "new", *still, "--new-classes")
+    before = weights(home / "teacher")
+    changed = [{k for k, v in weights(tmp_path / run).items() if not torch.equal(v, before[k])} for run in ("same", "new")]
+    assert changed == [set(), {"y_embedder.embedding_table.weight"}]
+
+
 def test_what_a_run_leaves_behind(home):
     run = json.loads((home / "cmt" / "run.json").read_text())
     assert run["settings"]["teacher"] == f"{home}/teacher" and {"command", "torch", "host", "device", "date"} <= run.keys()
