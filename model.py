@@ -385,6 +385,8 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
+        os.umask(mask := os.umask(0))
+        beside.chmod(0o666 & ~mask)               # safetensors' own mode would keep other users of a cluster out
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -395,7 +397,7 @@ def write_atomically(path, write):
         beside.unlink(missing_ok=True)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            hint = "make space and repeat the command with --resume" if full else "check the folder and the free space"
+            hint = "make space, then go on as after an interruption" if full else "look at the folder and its free space"
             raise InputError(f"cannot write {path} ({error}): {hint}") from error
         raise
 

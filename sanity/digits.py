@@ -7,6 +7,7 @@ alone, so that asking for more changes none of the earlier ones. From here on th
 """
 import argparse
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -86,6 +87,8 @@ def main(argv=None):
     if args.image_size < 8 or args.seed < 0:
         raise InputError("--image-size is at least 8, --seed at least 0")
     out, settings = Path(args.out), {**counts, "image_size": args.image_size, "seed": args.seed}
+    first = [draw(args.seed, "train", digit, 0, args.image_size) for digit in range(10)]
+    settings["sha256_of_first"] = hashlib.sha256(np.stack(first)).hexdigest()    # other code or font: other digits
     marker = out / "digits.json"
     if marker.exists():
         found = read_json(marker)

@@ -11,6 +11,7 @@ label i mod K.
 """
 import argparse
 import hashlib
+import io
 import json
 import sys
 import time
@@ -197,9 +198,9 @@ def read_seconds(run):
 
 
 def draw_picture(path, columns, names):
-    """PNG: a row for each of `names`, a column for each of `columns`, a dict title -> uint8 (rows, 3, S, S)."""
+    """PNG below 1 MB: a row for each of `names`, a column for each of `columns`, {title: uint8 (rows, 3, S, S)}."""
     size = next(iter(columns.values())).shape[2]
-    cell, gap, font = size * max(1, 96 // size), 4, ImageFont.load_default(14)
+    cell, gap, font = size * (96 // size) if size <= 96 else 96, 4, ImageFont.load_default(14)
     left, top = int(max(font.getlength(name) for name in names)) + 12, 26
     picture = Image.new("RGB", (left + len(columns) * (cell + gap), top + len(names) * (cell + gap)), "white")
     pen = ImageDraw.Draw(picture)
@@ -211,7 +212,12 @@ def draw_picture(path, columns, names):
         for row, image in enumerate(images):
             image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
             picture.paste(image, (x, top + row * (cell + gap)))
-    write_atomically(path, lambda beside: picture.save(beside, "PNG", optimize=True))
+    for colours in (None, 256):                    # a palette where the picture is so busy that it would be too large
+        file = io.BytesIO()
+        (picture.quantize(colours) if colours else picture).save(file, "PNG", optimize=True)
+        if file.tell() < 1_000_000:
+            break
+    write_atomically(path, lambda beside: beside.write_bytes(file.getvalue()))
 
 
 def write_report(path, about, rows, checks, seconds):
