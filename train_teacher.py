@@ -174,6 +174,8 @@ class Run:
         rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
         self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
+        if self.device.type == "cuda":
+            line["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         if not torch.isfinite(mean).all():
             raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
                              "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")

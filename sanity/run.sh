@@ -38,10 +38,11 @@ stage teacher "$PYTHON" train_teacher.py --latents "$LATENTS" --out "$RUN/teache
 stage CMT "$PYTHON" train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
     --steps $((1000 * SCALE)) --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 2e-5 --ema 0.99 $COMMON
 # Small networks: a mild weight (docs/METHOD.md); the published one is the default at the paper's scale.
+WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1"
 stage MFD "$PYTHON" train_meanflow.py --latents "$LATENTS" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
-    --steps $((2000 * SCALE)) --batch-size 32 --lr 2e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 --loss-form mean --loss-power 0.5 --loss-eps 0.1 $COMMON
+    --steps $((2000 * SCALE)) --batch-size 32 --lr 2e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 $WEIGHT $COMMON
 stage MFT "$PYTHON" train_meanflow.py --latents "$LATENTS" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
-    --steps $((200 * SCALE)) --batch-size 32 --lr 3e-5 --lr-final 5e-6 --ema 0.99 --loss-form mean --loss-power 0.5 --loss-eps 0.1 $COMMON
+    --steps $((200 * SCALE)) --batch-size 32 --lr 3e-5 --lr-final 5e-6 --ema 0.99 $WEIGHT $COMMON
 
 samples() {   # NAME NETWORK NFE
     stage "sample $1" "$PYTHON" sample.py "$RUN/$2" --decoder "$RUN/decoder" --nfe "$3" --num-samples 5000 --batch-size 500 \
