@@ -206,15 +206,17 @@ def draw_picture(path, columns, names):
     pen = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
         pen.text((left - 6, top + row * (cell + gap) + cell / 2), name, fill="black", font=font, anchor="rm")
-    for column, (title, images) in enumerate(columns.items()):
-        x = left + column * (cell + gap)
-        pen.text((x + cell / 2, top / 2), title, fill="black", font=font, anchor="mm")
-        for row, image in enumerate(images):
-            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
-            picture.paste(image, (x, top + row * (cell + gap)))
-    for colours in (None, 256):                    # a palette where the picture is so busy that it would be too large
+    for column, title in enumerate(columns):
+        pen.text((left + column * (cell + gap) + cell / 2, top / 2), title, fill="black", font=font, anchor="mm")
+    # Smoothly enlarged photographs can be too many bytes: then as squares, then with a palette.
+    smooth, squares = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
+    for resampling, colours in ((smooth, 0), (squares, 0), (smooth, 256)):
+        for column, images in enumerate(columns.values()):
+            for row, image in enumerate(images):
+                image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), resampling)
+                picture.paste(image, (left + column * (cell + gap), top + row * (cell + gap)))
         file = io.BytesIO()
-        (picture.quantize(colours) if colours else picture).save(file, "PNG", optimize=True)
+        (picture.quantize(colours) if colours else picture).save(file, "PNG")
         if file.tell() < 1_000_000:
             break
     write_atomically(path, lambda beside: beside.write_bytes(file.getvalue()))

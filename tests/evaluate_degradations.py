@@ -27,9 +27,11 @@ def blur(image, radius):
 
 
 def jpeg(image, quality):
+    """Compressed with the grid of blocks shifted by 4 pixels. CIFAR-10's photographs here are JPEGs of quality 75 already: on their
+    own grid, quality 50, whose quantization table is twice theirs, would round every odd coefficient away from zero."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
+    Image.fromarray(np.pad(image, ((4, 4), (4, 4), (0, 0)), "reflect")).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))[4:-4, 4:-4]
 
 
 def random_filters(images):

@@ -1,4 +1,5 @@
 """The networks against figures computed with the published implementation (its RMSNorm rounds to float32: 1e-5 relative)."""
+import pytest
 import torch
 from conftest import fill, uniform
 
@@ -23,6 +24,14 @@ def test_published_networks(figures, published):
     same(p["teacher"](z_t, p["t"], p["y"]), figures["teacher(z,t,y)"])
     same(p["student"](z_t, p["t"], p["y"], p["s"]), figures["student(z,r,t,y)"])
     same(p["student"](z_t, p["t"], p["y"], p["t"]), figures["student(z,t,t,y)"])
+
+
+def test_a_student_needs_s_and_a_teacher_refuses_it(published):
+    p = published
+    with pytest.raises(ValueError, match="a student"):
+        p["student"](p["z"], p["t"], p["y"])
+    with pytest.raises(ValueError, match="a teacher"):
+        p["teacher"](p["z"], p["t"], p["y"], p["s"])
 
 
 @torch.no_grad()

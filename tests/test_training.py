@@ -161,6 +161,19 @@ def test_fine_tuning(home, tmp_path):
     assert changed == [set(), {"y_embedder.embedding_table.weight"}]
 
 
+def test_cmt_from_a_published_teacher(home, tmp_path):
+    """No images and no folder of ours: a .pt file of weights and one of statistics, whose mean is None."""
+    torch.save({"ema": weights(home / "teacher"), "step": 7}, tmp_path / "stage2_model.pt")
+    torch.save({"mean": None, "var": torch.rand(12, 4, 4)}, tmp_path / "stat.pt")
+    published = ["--teacher", tmp_path / "stage2_model.pt"]
+    with pytest.raises(model.InputError, match="--stats"):
+        train(home, "cmt", tmp_path / "cmt", *published)
+    train(home, "cmt", tmp_path / "cmt", *published, "--stats", tmp_path / "stat.pt")
+    net, config, (mean, var) = model.load_network(tmp_path / "cmt", "student")
+    assert not mean.any() and torch.equal(var.float(), torch.load(tmp_path / "stat.pt")["var"])
+    assert config["time_shift"] == model.default_time_shift((12, 4, 4))
+
+
 def test_what_a_run_leaves_behind(home):
     run = json.loads((home / "cmt" / "run.json").read_text())
     assert run["settings"]["teacher"] == f"{home}/teacher" and {"command", "torch", "host", "device", "date"} <= run.keys()
