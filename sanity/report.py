@@ -303,6 +303,7 @@ def main(argv=None):
                                  "evaluations, and one seed for all files")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False                                        # features in true float32
     latents = Latents(args.latents or run / "latents")
     about = latents.description["encoder"]
     size = about["image_size"]
