@@ -149,18 +149,17 @@ class Run:
         args, self.step = self.args, self.step + 1
         self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
         self.bar.update()
-        if self.world > 1:                                                        # all stop at the same step
-            flag = torch.tensor(self.signal)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
-        last = self.step == args.steps or self.signal
+        stop = torch.tensor(self.signal)                                          # read once: a signal may come at any moment
+        if self.world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)                              # all stop at the same step
+        last = self.step == args.steps or stop
         if last or self.step % args.log_every == 0:
             self.log()
         if not args.synthetic and (last or self.step % args.save_every == 0):
             self.save()
-        if self.signal:
+        if stop:
             print(f"stopped after step {self.step}: the same command with --resume goes on")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + int(stop))
 
     def log(self):
         """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
