@@ -109,6 +109,29 @@ def solve_ode(v, z, times, solver="euler"):
     return points
 
 
+def guided(teacher, scale=1.0, interval=(0.0, 1.0), weak=None):
+    """The guided velocity v_weak + scale (v - v_weak) where t is in `interval`, v itself elsewhere: a function (z, t, y).
+
+    v_weak: the weaker teacher `weak` (autoguidance, arXiv 2406.02507), or the teacher without label (CFG, arXiv 2207.12598); intervals
+    are arXiv 2404.07724's. A row that has no label is not changed by CFG. Costs two evaluations; scale 1 returns the teacher."""
+    if scale == 1:
+        if weak:
+            raise InputError("--weak-teacher does nothing without --guidance W, W above 1")
+        return teacher
+    if weak and (weak.shape != teacher.shape or weak.num_classes != teacher.num_classes):
+        raise InputError(f"the weak teacher has latents {weak.shape} and {weak.num_classes} classes, the teacher {teacher.shape} and "
+                         f"{teacher.num_classes}")
+
+    def velocity(z, t, y):
+        if weak:
+            v, v_weak = teacher(z, t, y), weak(z, t, y)
+        else:
+            v, v_weak = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, teacher.num_classes)])).chunk(2)
+        w = torch.where((interval[0] <= t) & (t <= interval[1]), scale, 1.0)[:, None, None, None]
+        return v_weak + w * (v - v_weak)
+    return velocity
+
+
 def long_jumps(h, z, times):
     """Few-step sampling, z_s = z_t - (t - s) h(z_t, t, s) for each pair of neighbours in `times` (MeanFlow, eq. 12).
 
@@ -402,20 +425,28 @@ def write_atomically(path, write):
         raise
 
 
-def write_json(path, content):
+def write_json(path, content, digest=True):
+    """A dict as JSON, atomically, with the digest of its text as its last entry, unless the file is for other programs."""
+    if digest:
+        content = {**content, "sha256": hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()}
     write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def read_json(path):
+    """The dict of `write_json`, or of another's file, which has no digest. InputError: missing, or not what was written."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    digest = content.pop("sha256", None)
+    if digest and digest != hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest():
+        raise InputError(f"{path} has changed since it was written: restore it, or remove its entry sha256 if the change is meant")
+    return content
 
 
-def digest_of(tensors):
-    """sha256 over names, types, shapes and contents."""
-    digest = hashlib.sha256()
+def digest_of(tensors, metadata=None):
+    """sha256 over names, types, shapes and contents, and the other entries of the header."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() if metadata else b"")
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -427,7 +458,7 @@ def write_tensors(path, tensors, metadata=None):
     """Tensors as a safetensors file, atomically, with the digest of the contents in its header; returns the digest."""
     from safetensors.torch import save_file
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    digest = digest_of(tensors)
+    digest = digest_of(tensors, metadata)
     write_atomically(path, lambda beside: save_file(tensors, beside, {**(metadata or {}), "sha256": digest}))
     return digest
 
@@ -442,7 +473,8 @@ def read_tensors(path, device="cpu", verify=True):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path} ({error}): it is missing, cut short or no safetensors file") from error
-    if verify and "sha256" in metadata and digest_of(tensors) != metadata["sha256"]:
+    others = {name: value for name, value in metadata.items() if name != "sha256"}
+    if verify and "sha256" in metadata and digest_of(tensors, others) != metadata["sha256"]:
         raise InputError(f"{path} is damaged: its contents are not those that were written; restore or remake it")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 
@@ -634,7 +666,7 @@ def export_autoencoder(folder, decoder, stats, encoder):
         "encoder_input_size": encoder.encoder_size, "patch_size": decoder.patch_size,
         "decoder_hidden_size": decoder.decoder_embed.out_features, "decoder_num_hidden_layers": len(decoder.decoder_layers),
         "decoder_num_attention_heads": layer.heads, "decoder_intermediate_size": layer.intermediate["dense"].out_features,
-        "latents_mean": stats[0].float().tolist(), "latents_std": tensors["_latents_std"].tolist()})
+        "latents_mean": stats[0].float().tolist(), "latents_std": tensors["_latents_std"].tolist()}, digest=False)
     write_tensors(Path(folder) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (InputError, command, denormalize, generator, load_decoder, load_network, load_stats, long_jumps, ode_times,
+from model import (InputError, command, denormalize, generator, guided, load_decoder, load_network, load_stats, long_jumps, ode_times,
                    provenance, read_json, solve_ode, write_atomically, write_json)
 
 
@@ -38,12 +38,15 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
     return torch.stack(z), torch.tensor(y)
 
 
-def generate(net, z, y, nfe, solver="euler", shift=1.0):
-    """Latents from noise z (B, C, H, W) and labels y (B,) in `nfe` evaluations of `net`, a student or a teacher, for each image."""
+def generate(net, z, y, nfe, solver="euler", shift=1.0, guide=lambda v: v):
+    """Latents from noise z (B, C, H, W) and labels y (B,) in `nfe` evaluations of `net`, a student or a teacher, for each image.
+
+    guide: a teacher -> its guided velocity, model.guided, each evaluation of which then counts as one."""
     if net.r_embedder is not None:
         return long_jumps(lambda z, t, s: net(z, t, y, s).float(), z, [1 - i / nfe for i in range(nfe + 1)])
     steps = nfe if solver == "euler" else nfe // 2
-    return solve_ode(lambda z, t: net(z, t, y).float(), z, ode_times(steps, shift), solver)[-1]
+    v = guide(net)
+    return solve_ode(lambda z, t: v(z, t, y).float(), z, ode_times(steps, shift), solver)[-1]
 
 
 def to_uint8(images, truncate=False):
@@ -129,6 +132,11 @@ def parse_args(argv=None):
     add("--stats", help="latent statistics in place of the network's: a latent_stats.safetensors or a published stat.pt")
     add("--nfe", type=int, help="evaluations of the network for each image (default: student 1, teacher 50; MF-RAE)")
     add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher's PF-ODE; heun: nfe / 2 steps (default %(default)s)")
+    add("--guidance", type=float, default=1.0, metavar="W", help="a teacher's guidance, v_weak + W (v - v_weak), v_weak without label or "
+        "of --weak-teacher (default %(default)s: none, MF-RAE)")
+    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times t with guidance "
+        "(default: all)")
+    add("--weak-teacher", help="a weaker teacher for --guidance: autoguidance (default: the teacher without label, CFG)")
     add("--time-shift", type=float, help="a of a teacher's grid (default: the network's)")
     add("--num-samples", type=int, default=50_000, help="images (default %(default)s: ADM)")
     add("--labels", default="equal", help="'equal' (image i has class i mod K), 'random', or a list such as 207,360,387 to repeat "
@@ -165,6 +173,9 @@ def main(argv=None):
         raise InputError("--nfe, --num-samples and --batch-size must be at least 1, and --nfe even with --solver heun")
     if not isinstance(labels, str) and (not labels or max(labels) >= net.num_classes):
         raise InputError(f"--labels {args.labels}: 'equal', 'random', or a list of numbers below {net.num_classes}")
+    if student and args.guidance != 1:
+        raise InputError("--guidance is for a teacher; a student has it from its training (--guidance of train_cmt.py, train_meanflow.py)")
+    weak = load_network(args.weak_teacher, "teacher")[0].to(device).eval() if args.weak_teacher else None
     net, decoder = net.to(device).eval(), decoder.to(device).eval()
     if args.compile:
         net.compile()
@@ -179,7 +190,8 @@ def main(argv=None):
     def make(indices):
         z, y = noise_and_labels(indices, args.seed, net.shape, net.num_classes, labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, args.time_shift or config["time_shift"])
+            z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, args.time_shift or config["time_shift"],
+                           lambda v: guided(v, args.guidance, args.guidance_interval, weak))
             return to_uint8(decoder(denormalize(z_0, stats)), args.truncate).cpu().numpy(), y.numpy()
 
     if not out.exists():

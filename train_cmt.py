@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, load_network, load_stats, ode_times,
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, guided, load_network, load_stats, ode_times,
                    provenance, read_json, read_tensors, save_network, solve_ode, write_atomically, write_json, write_tensors)
 
 
@@ -263,6 +263,11 @@ def parse_args(argv=None):
         "%(default)s; the teacher's batches grow with it, and the pool's memory: age * batch-size / pairs trajectories)")
     add("--teacher-steps", type=int, default=16, help="steps of the solver (default %(default)s: MF-RAE)")
     add("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (default %(default)s: MF-RAE)")
+    add("--guidance", type=float, default=1.0, metavar="W", help="a guided teacher, v_weak + W (v - v_weak), v_weak without label or of "
+        "--weak-teacher (default %(default)s: none, MF-RAE)")
+    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times t with guidance "
+        "(default: all)")
+    add("--weak-teacher", help="a weaker teacher for --guidance: autoguidance (default: the teacher without label, CFG)")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
     add("--lr-final", type=float, help="learning rate at the last step, reached linearly (default: --lr; MF-RAE)")
     add("--decay-from", type=float, default=0.0, help="part of the run where the decay begins (default %(default)s)")
@@ -311,8 +316,10 @@ def main(argv=None):
     config["time_shift"] = args.time_shift or config["time_shift"]
     h = run.adopt(student, config, stats)
     v = teacher.to(run.device).requires_grad_(False)
+    weak = load_network(args.weak_teacher, "teacher")[0].to(run.device).requires_grad_(False) if args.weak_teacher else None
     if args.compile:
         v.compile()
+    v = guided(v, args.guidance, args.guidance_interval, weak)
     times = ode_times(args.teacher_steps, config["time_shift"])
 
     def solve(z_1, y):

@@ -30,19 +30,19 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, load_network, load_stats, normalize,
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, guided, load_network, load_stats, normalize,
                    provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
 
 
 def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.005, form="mean", power=0.0, loss_eps=1e-3,
-                  rows=slice(None), h_fixed=None):
+                  rows=slice(None), h_fixed=None, jvp=torch.func.jvp):
     """The MeanFlow objective with the proxy velocity w of eta (MF-RAE, eq. 9 to 11).
 
     h: (z, t, s, y) -> mean velocity; v: (z, t, y) -> the teacher's velocity (not called for eta = 0); z_0, eps: (B, C, H, W) data and
     noise; t, s: (B,), 0 <= s <= t <= 1; y: (B,) int labels, already dropped where they are to be.
     derivative: "jvp", exact; "fd", finite differences of step delta_t that stay within [s, 1], second order everywhere; "fd-central",
     the published stencil, which leaves it. rows: those where s < t may hold; elsewhere s = t, and no derivative is taken.
-    h_fixed: h for the derivative, which needs no gradient: under DDP, the network inside it. Default: h.
+    h_fixed: h for the derivative, which needs no gradient: under DDP, the network inside it. Default: h. jvp: or a compiled one.
     form, power, loss_eps: the weight of a sample, q / stopgrad(q + loss_eps)^power, with q its mean squared error ("mean") or the square
     of its summed squared error ("published"; power 1). Returns (loss, {"loss", "mse": the mean squared error per element})."""
     h_fixed = h_fixed or h
@@ -53,10 +53,10 @@ def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.
         w = (1 - eta) * (eps - z_0)
         if eta > 0:
             w = w + eta * v(z_t, t, y)
-        z, t, s, y, tangent = z_t[rows], t[rows], s[rows], y[rows], w[rows]
+        z, t, s, y, tangent = (x[rows].contiguous() for x in (z_t, t, s, y, w))
         if derivative == "jvp":                   # the fused attention kernels have no forward-mode derivative: math attention here
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                dh_dt = torch.func.jvp(lambda z, t: h_fixed(z, t, s, y), (z, t), (tangent, torch.ones_like(t)))[1]
+                dh_dt = jvp(lambda z, t: h_fixed(z, t, s, y), (z, t), (tangent, torch.ones_like(t)))[1]
         else:                                     # a finite difference in reduced precision is noise / delta_t: true float32, whatever
             precision, reduced = torch.get_float32_matmul_precision(), torch.is_autocast_enabled(z.device.type)    # is set outside
             torch.set_float32_matmul_precision("highest")
@@ -272,6 +272,11 @@ def parse_args(argv=None):
         "error per element, or of the square of its summed one (default %(default)s: MF-RAE at XL; small networks: mean, docs/METHOD.md)")
     add("--loss-power", type=float, default=1.0, help="p of the weight (q + c)^-p (default %(default)s: MF-RAE; 0: plain squared error)")
     add("--loss-eps", type=float, default=1e-3, help="c of the weight (default %(default)s: MF-RAE)")
+    add("--guidance", type=float, default=1.0, metavar="W", help="a guided teacher, v_weak + W (v - v_weak), v_weak without label or of "
+        "--weak-teacher (default %(default)s: none, MF-RAE)")
+    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times t with guidance "
+        "(default: all)")
+    add("--weak-teacher", help="a weaker teacher for --guidance: autoguidance (default: the teacher without label, CFG)")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
     add("--lr-final", type=float, help="learning rate at the last step, reached linearly (default: --lr; MF-RAE)")
     add("--decay-from", type=float, default=0.0, help="part of the run where the decay begins (default %(default)s)")
@@ -321,9 +326,12 @@ def main(argv=None):
     h = run.adopt(student, config, stats)
     v = None
     if needs_teacher:
-        v = teacher.to(run.device).requires_grad_(False)
+        teacher.to(run.device).requires_grad_(False)
+        weak = load_network(args.weak_teacher, "teacher")[0].to(run.device).requires_grad_(False) if args.weak_teacher else None
         if args.compile:
-            v.compile()
+            teacher.compile()
+        v = guided(teacher, args.guidance, args.guidance_interval, weak)
+    jvp = torch.compile(lambda *x: torch.func.jvp(*x)) if args.compile else torch.func.jvp       # the function itself would stay eager
     batches = data.batches(args.seed, args.batch_size, run.rows, run.step, args.steps, run.device, args.workers)
 
     while run.step < args.steps:
@@ -340,7 +348,7 @@ def main(argv=None):
                     loss, numbers = meanflow_loss(
                         lambda z, t, s, y: h(z, t, y, s), v, normalize(z_0, stats), eps, t, s, y, eta, args.derivative, args.delta_t,
                         args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
-                        h_fixed=lambda z, t, s, y: student.forward(z, t, y, s))
+                        h_fixed=lambda z, t, s, y: student.forward(z, t, y, s), jvp=jvp)
                 (loss / len(run.rows)).backward()
             losses.append(numbers)
         grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)

@@ -1,25 +1,53 @@
-"""What the networks cost.
+"""What a step costs, on the machine at hand.
 
-    python tests/benchmark.py --table          # parameters and multiply-adds of every preset, counted on the meta device
-    python tests/benchmark.py --metrics        # eval_fid.py's metrics of 50,000 x 2048 features: seconds and peak memory (minutes on a CPU)
+    python tests/benchmark.py                          # each stage's step, sampling, the reader: minutes on a GPU, 20 on two CPU cores
+    python tests/benchmark.py --preset DiTDH-XL --precision bf16 --compile --micro-batch 32 --json xl.json
+    python tests/benchmark.py --table                  # parameters and multiply-adds of every preset, counted on the meta device
+    python tests/benchmark.py --metrics                # eval_fid.py's metrics of 50,000 x 2048 features (minutes on a CPU)
 
-GMAC: billions of multiply-adds of one image (half of the floating-point operations), once with the attention's two products of
-scores and values, once, as the paper counts, without.
+F is one forward pass of the student for the same batch, without gradient. Steps are forward and backward of the stages' own losses, random
+data and weights; optimizer and average are timed apart. Everything is repeated in rounds, one after another, so that a busy machine
+disturbs all alike: medians, and ratios within a round. GMAC: billions of multiply-adds of one image (half of the floating-point
+operations), once with the attention's two products of scores and values, once, as the paper counts, without.
 """
 import argparse
+import json
+import os
 import resource
+import statistics
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import DECODER_PRESETS, DIT_PRESETS, DiTDH, ViTDecoder  # noqa: E402
+from baselines import meanflow_all_rows, meanflow_as_published  # noqa: E402
+from model import (  # noqa: E402
+    DECODER_PRESETS,
+    DIT_PRESETS,
+    DiTDH,
+    ViTDecoder,
+    default_time_shift,
+    long_jumps,
+    ode_times,
+    provenance,
+    solve_ode,
+    time_shift,
+    write_json,
+    write_tensors,
+)
+from train_cmt import consistency_loss  # noqa: E402
+from train_meanflow import meanflow_loss  # noqa: E402
+from train_teacher import flow_matching_loss  # noqa: E402
 
 PAPER = {("DiTDH-XL", 256): 157, ("ViT-XL", 256): 106, ("SD-VAE decoder", 256): 310}      # GMAC, arXiv 2511.13019
 PAPER_ONE_STEP = {256: 263, 512: 1051}                                           # DiTDH-XL once, with the ViT-XL decoder
+PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}   # dense bf16
+FLOOR = {"flow matching": 3, "MFD, finite differences": 4.5, "MFD, exact": 4.5, "MFT, finite differences": 3.5, "MFT, exact": 3.5}
 
 
 def count(net, *inputs):
@@ -92,12 +120,271 @@ def metrics(count=50_000, reference=10_000, width=2048):
         print(f"{name}: {time.perf_counter() - start:.1f} s, peak memory of the process so far {peak:.2f} GiB", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Time and memory of the steps
+# ----------------------------------------------------------------------------------------------------------------------------------
+def seconds_of(function, device):
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def rounds(functions, repeats, device):
+    """{name: function} -> {name: [seconds in each round]}, after one round that does not count."""
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function, device))
+    return {name: x[1:] for name, x in seconds.items()}
+
+
+def peak_memory(function, device):
+    """Bytes that a call allocates at its peak, over what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def device_peak(device, precision):
+    """(FLOP/s that a perfect program would reach, where the number comes from)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        for key, peak in PEAK.items():
+            if key in name:
+                return peak, f"dense bf16 of {key}"
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    return 2 * n ** 3 / min(seconds_of(lambda: a @ b, device) for _ in range(6)), f"measured product of {n} x {n} matrices, {a.dtype}"
+
+
+def steps(args, device):
+    """Rows of a table: each stage's forward and backward, the baselines, optimizer and average."""
+    torch.manual_seed(0)
+    sizes = dict(input_size=args.px // 16, in_channels=768, num_classes=1000, **DIT_PRESETS[args.preset])
+    v, h = DiTDH(**sizes).to(device), DiTDH(**sizes, time_difference=True).to(device)
+    v_flops, h_flops = (2e9 * backbone(args.preset, args.px, student)[1] * args.batch_size for student in (False, True))
+    teacher_to_train = DiTDH(**sizes).to(device)
+    for net in (v, h, teacher_to_train):
+        net.checkpoint_activations = args.checkpoint_activations
+        if args.compile:
+            net.compile()
+    v.requires_grad_(False)
+    shift, b = default_time_shift(h.shape), args.batch_size
+    micro = args.micro_batch or b
+    z, eps = torch.randn(2, b, *h.shape, device=device)
+    y = torch.randint(1000, (b,), device=device)
+    s, t = time_shift(torch.rand(b, 2, device=device), shift).sort(dim=1).values.unbind(1)
+    s = torch.where(torch.arange(b, device=device) % 4 == 0, s, t)
+    parts = [slice(i, i + micro) for i in range(0, b, micro)]
+    jvp = torch.compile(lambda *x: torch.func.jvp(*x)) if args.compile else torch.func.jvp
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
+
+    def step(net, loss):
+        def run():
+            for rows in parts:
+                with autocast():
+                    value = loss(z[rows], eps[rows], t[rows], s[rows], y[rows])
+                (value[0] if isinstance(value, tuple) else value).backward()
+            net.zero_grad()
+        return run
+
+    def student(z, t, s, y):
+        return h(z, t, y, s)
+
+    def inside(z, t, s, y):
+        return h.forward(z, t, y, s)
+
+    def meanflow(eta, derivative):
+        return step(h, lambda z, eps, t, s, y: meanflow_loss(student, v, z, eps, t, s, y, eta, derivative, rows=slice(None, None, 4),
+                                                             h_fixed=inside, jvp=jvp))
+
+    @torch.no_grad()
+    def forward():
+        for rows in parts:
+            with autocast():
+                student(z[rows], t[rows], s[rows], y[rows])
+
+    count_of_trajectories = max(1, b // 4)       # each serves 64 pairs, so 64 / batch steps; solved in a batch of their own
+
+    @torch.no_grad()
+    def trajectories():
+        n = count_of_trajectories
+        with autocast():
+            solve_ode(lambda z, t: v(z, t, y[:n]).float(), z[:n], ode_times(16, shift))
+
+    optimizer = torch.optim.AdamW([p for p in h.parameters() if p.requires_grad], lr=1e-9, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    weights = [p for p in h.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in weights]
+    gradients = [torch.zeros_like(p) for p in weights]
+
+    def optimize():
+        for p, g in zip(weights, gradients, strict=True):
+            p.grad = g
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    functions = {
+        "forward (F)": forward,
+        "flow matching": step(teacher_to_train, lambda z, eps, t, s, y: flow_matching_loss(teacher_to_train, z, eps, t, y)),
+        "CMT, student": step(h, lambda z, eps, t, s, y: consistency_loss(student, eps, z, t, t / 2, y)),
+        "CMT, trajectories": trajectories,
+        "MFD, finite differences": meanflow(1, "fd"), "MFD, exact": meanflow(1, "jvp"),
+        "MFT, finite differences": meanflow(0, "fd"), "MFT, exact": meanflow(0, "jvp"),
+        "MFD (i), as published": step(h, lambda *x: meanflow_as_published(student, v, *x)),
+        "MFD (ii), derivative of all rows": step(h, lambda *x: meanflow_all_rows(student, v, *x)),
+        "clip, AdamW": optimize, "average": lambda: torch._foreach_lerp_(average, weights, 1e-4)}
+    seconds = rounds(functions, args.repeats, device)
+    share = b / 64 / count_of_trajectories                          # of `trajectories` for a step: 64 pairs from each
+    seconds["CMT, with its share of trajectories"] = [a + share * c for a, c in zip(seconds["CMT, student"], seconds["CMT, trajectories"],
+                                                                                    strict=True)]
+    f = seconds["forward (F)"]
+    peak, source = device_peak(device, args.precision)
+    base = 4 * sum(p.numel() * 4 for p in weights)                  # weights, average, two moments: float32
+    rows = []
+    for name, x in seconds.items():
+        ratios = [a / c for a, c in zip(x, f, strict=True)]
+        row = {"step": name, "seconds": statistics.median(x), "from": min(x), "to": max(x), "F": statistics.median(ratios)}
+        if name.startswith("MFD,") or name.startswith("MFD ("):
+            for other, key in (("MFD (i), as published", "times (i)"), ("MFD (ii), derivative of all rows", "times (ii)")):
+                row[key] = statistics.median(c / a for a, c in zip(x, seconds[other], strict=True))
+        if name in FLOOR:
+            row["flops"] = FLOOR[name] * (v_flops if name == "flow matching" else h_flops) / row["seconds"]
+            row["utilization"] = row["flops"] / peak
+        if name in functions and name not in ("clip, AdamW", "average", "forward (F)"):
+            row["memory"] = peak_memory(functions[name], device)
+            row["with weights, average, moments"] = row["memory"] + base
+        row["samples per second"] = None if name in ("clip, AdamW", "average", "CMT, trajectories") else b / row["seconds"]
+        rows.append(row)
+    return {"rows": rows, "peak_flops": peak, "peak_source": source, "parameters": sum(p.numel() for p in h.parameters())}
+
+
+def sampling(args, device):
+    """Images per second at 1 and 2 steps of a student and 50 of a teacher, decoding included."""
+    torch.manual_seed(0)
+    sizes = dict(input_size=args.px // 16, in_channels=768, num_classes=1000, **DIT_PRESETS[args.preset])
+    v, h = DiTDH(**sizes).to(device).eval(), DiTDH(**sizes, time_difference=True).to(device).eval()
+    decoder = ViTDecoder(args.px // 16, 768, **DECODER_PRESETS[args.decoder]).to(device).eval()
+    if args.compile:
+        for net in (v, h, decoder):
+            net.compile()
+    n = args.sampling_batch
+    z, y = torch.randn(n, *h.shape, device=device), torch.randint(1000, (n,), device=device)
+
+    def run(nfe):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            if nfe == 50:
+                z_0 = solve_ode(lambda z, t: v(z, t, y).float(), z, ode_times(50, default_time_shift(v.shape)))[-1]
+            else:
+                z_0 = long_jumps(lambda z, t, s: h(z, t, y, s).float(), z, [1 - i / nfe for i in range(nfe + 1)])
+            decoder(z_0)
+
+    functions = {f"{nfe} step{'s' * (nfe > 1)}": lambda nfe=nfe: run(nfe) for nfe in (1, 2, 50)}
+    seconds = rounds(functions, args.repeats, device)
+    return [{"sampling": name, "images per second": n / statistics.median(x), "from": n / max(x), "to": n / min(x)}
+            for name, x in seconds.items()]
+
+
+def reader(args):
+    """Samples per second of the latents' reader, random order, one process, from the page cache; and of plainly reading the same bytes."""
+    from encode_latents import Latents, RowSampler, batches_of
+    shape, shards, each = (768, args.px // 16, args.px // 16), 4, 512
+    with tempfile.TemporaryDirectory() as folder:
+        folder, g = Path(folder), torch.Generator().manual_seed(0)
+        files = []
+        for k in range(shards):
+            tensors = {"latents": torch.randn(each, *shape, generator=g).half(), "labels": torch.randint(1000, (each,), generator=g)}
+            digest = write_tensors(folder / f"shard_{k:05d}.safetensors", tensors)
+            files.append({"file": f"shard_{k:05d}.safetensors", "count": each, "sha256": digest})
+        write_tensors(folder / "latent_stats.safetensors", {"mean": torch.zeros(shape).double(), "var": torch.ones(shape).double()})
+        write_json(folder / "latents.json", {"shape": shape, "count": shards * each, "classes": [str(i) for i in range(1000)],
+                                             "shards": files})
+        latents = Latents(folder)
+        buffer = bytearray(8 << 20)
+
+        def plain():
+            for file in files:
+                with open(folder / file["file"], "rb", buffering=0) as stream:
+                    while stream.readinto(buffer):
+                        pass
+
+        def ours():
+            for _ in batches_of(latents, RowSampler(len(latents), 0, 256, [(0, 256)], 0, shards * each // 256), 0):
+                pass
+        seconds = rounds({"plain sequential read": plain, "reader, random order": ours}, args.repeats, torch.device("cpu"))
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    return [{"reading": name, "samples per second": shards * each / statistics.median(x), "of the plain read": share}
+            for (name, x), share in zip(seconds.items(), (1, ratio), strict=True)]
+
+
+def markdown(rows):
+    """A table of the union of the rows' columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(key, x):
+        if x is None or isinstance(x, str):
+            return x or ""
+        return {"utilization": f"{x:.1%}", "flops": f"{x / 1e12:.3g} T"}.get(key) or (
+            f"{x / 1e9:.2f} GB" if x > 1e7 else f"{x:.3g}")
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(cell(key, row.get(key)) for key in columns) + " |")
+    print(flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--table", action="store_true", help="parameters and multiply-adds of every preset")
-    group.add_argument("--metrics", action="store_true", help="seconds and memory of the metrics")
-    table() if parser.parse_args().table else metrics()
+    add = parser.add_argument
+    add("--table", action="store_true", help="parameters and multiply-adds of every preset, nothing else")
+    add("--metrics", action="store_true", help="seconds and memory of the metrics, nothing else")
+    add("--parts", nargs="+", choices=("steps", "sampling", "reader"), default=["steps", "sampling", "reader"], help="(default: all)")
+    add("--preset", choices=DIT_PRESETS, default="DiTDH-S", help="(default %(default)s)")
+    add("--decoder", choices=DECODER_PRESETS, default="ViT-XL", help="for sampling (default %(default)s)")
+    add("--px", type=int, choices=(256, 512), default=256, help="image size (default %(default)s)")
+    add("--batch-size", type=int, default=32, help="rows of a step (default %(default)s)")
+    add("--micro-batch", type=int, help="rows of a backward pass (default: all)")
+    add("--sampling-batch", type=int, default=8, help="images at a time (default %(default)s)")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="tf32: the published one (default %(default)s)")
+    add("--compile", action="store_true", help="torch.compile networks and derivative")
+    add("--checkpoint-activations", action="store_true", help="as in the stages")
+    add("--repeats", type=int, default=5, help="rounds that count (default %(default)s)")
+    add("--json", help="also write everything to this file")
+    args = parser.parse_args()
+    if args.table or args.metrics:
+        return table() if args.table else metrics()
+    if args.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {"settings": vars(args), **provenance(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()}
+    print(json.dumps(about), flush=True)
+    results = {}
+    if "steps" in args.parts:
+        results["steps"] = steps(args, device)
+        markdown(results["steps"]["rows"])
+        print(f"utilization: of {results['steps']['peak_flops'] / 1e12:.3g} TFLOP/s, {results['steps']['peak_source']}\n")
+    if "sampling" in args.parts:
+        results["sampling"] = sampling(args, device)
+        markdown(results["sampling"])
+    if "reader" in args.parts:
+        results["reader"] = reader(args)
+        markdown(results["reader"])
+    if args.json:
+        write_json(args.json, {**about, **results})
 
 
 if __name__ == "__main__":

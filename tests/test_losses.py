@@ -1,15 +1,17 @@
 """The losses: alone with nothing but torch, against the published figures, and against cases with closed forms."""
+import copy
 import inspect
 import math
 
 import pytest
 import torch
+from baselines import meanflow_all_rows, meanflow_as_published
 from test_model import same
 
 import train_cmt
 import train_meanflow
 import train_teacher
-from model import ode_times, solve_ode, time_shift
+from model import InputError, guided, ode_times, solve_ode, time_shift
 
 
 def alone(function):
@@ -47,13 +49,8 @@ def test_published_exact_derivative(figures, published, eta, name):
     """dh/dt and the target themselves, read off the loss: with h = 0 its error is the target; with t - s doubled ... (see below)."""
     p, net = published, published["student"]
     dh_dt = []
-    h = lambda z, t, s, y: net(z, t, y, s)  # noqa: E731
-    jvp = torch.func.jvp
-    torch.func.jvp = lambda *a: dh_dt.append(jvp(*a)) or dh_dt[-1]
-    try:
-        meanflow_loss(h, p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, "jvp")
-    finally:
-        torch.func.jvp = jvp
+    meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, "jvp",
+                  jvp=lambda *a: dh_dt.append(torch.func.jvp(*a)) or dh_dt[-1])
     same(dh_dt[0][1], figures[f"{name} jvp"]["dudt"])
 
 
@@ -243,3 +240,65 @@ def test_weights():
         mse = offset.flatten() ** 2
         assert torch.allclose(torch.autograd.grad(loss, scale)[0], weight(mse) * 2 * mse / 8, rtol=1e-6)
         assert numbers["mse"] == pytest.approx(float(mse.mean()), rel=1e-6)
+
+
+# ---- the cheap step against the straightforward ones --------------------------------------------------------------------------
+@pytest.mark.parametrize("eta", [1, 0.3, 0])
+@pytest.mark.parametrize("oracle", [meanflow_as_published, meanflow_all_rows])
+def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, oracle, eta):
+    """Derivative under autograd and for all rows, or without gradient and for one row in four: the same gradient, to 1e-6."""
+    torch.manual_seed(0)
+    net, v = published["student"], published["teacher"]
+    z, eps = torch.randn(2, 8, *net.shape).double()
+    t = torch.rand(8).double() * 0.6 + 0.3
+    s = torch.where(torch.arange(8) % 4 == 0, t - 0.2, t)
+    y = torch.arange(8) % net.num_classes
+    h = lambda z, t, s, y: net(z, t, y, s)  # noqa: E731
+    gradients = []
+    for loss in (oracle(h, v, z, eps, t, s, y, eta), meanflow_loss(h, v, z, eps, t, s, y, eta, "fd-central", rows=slice(0, None, 4))[0]):
+        net.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
+
+
+# ---- guidance -----------------------------------------------------------------------------------------------------------------
+def test_guidance(published):
+    """v_weak + w (v - v_weak), with and without a weaker teacher, within the interval alone; none for rows without label."""
+    teacher, z, t, y = (published[name] for name in ("teacher", "z", "t", "y"))
+    weak = copy.deepcopy(teacher)
+    with torch.no_grad():
+        weak.final_layer.linear.weight.mul_(0.7)
+        none = torch.full_like(y, teacher.num_classes)
+        v, free, poor = teacher(z, t, y), teacher(z, t, none), weak(z, t, y)
+        torch.testing.assert_close(guided(teacher, 2.5)(z, t, y), free + 2.5 * (v - free))
+        torch.testing.assert_close(guided(teacher, 2.5, weak=weak)(z, t, y), poor + 2.5 * (v - poor))
+        inside = ((t >= 0.3) & (t <= 0.8))[:, None, None, None]
+        assert inside.any() and not inside.all()
+        torch.testing.assert_close(guided(teacher, 2.5, (0.3, 0.8))(z, t, y), torch.where(inside, free + 2.5 * (v - free), v))
+        torch.testing.assert_close(guided(teacher, 2.5)(z, t, none), free)
+    assert guided(teacher) is teacher
+    with pytest.raises(InputError, match="without --guidance"):
+        guided(teacher, weak=weak)
+
+
+def test_mfd_at_the_exact_mean_velocity_of_a_guided_teacher():
+    """Guidance of linear velocities is linear: with labels' means +m, -m (and N(0, ...) without label it is no flow, but a velocity)
+    v = a z + b y, guided b -> w b. The student at the guided mean velocity has no error: one evaluation is enough."""
+    w, n, shape = 3.0, 8, (2, 2, 2)
+
+    class Teacher:
+        num_classes = 2
+
+        def __call__(self, z, t, y):              # dz/dt = z + b(y), b = +1, -1, and 0 without label
+            return z + torch.tensor([1.0, -1.0, 0.0]).double()[y][:, None, None, None]
+
+    def h(z, t, s, y):                            # the flow is z_s + b = exp(s - t) (z_t + b), b scaled by w
+        b, d = w * torch.tensor([1.0, -1.0, 0.0]).double()[y][:, None, None, None], (t - s)[:, None, None, None]
+        return (z + b) * torch.where(d > 0, -torch.expm1(-d) / d.clamp(min=1e-12), 1.0)
+    z, eps = torch.randn(2, n, *shape, generator=torch.Generator().manual_seed(0)).double()
+    t = torch.linspace(0.3, 1, n).double()
+    _, numbers = meanflow_loss(h, guided(Teacher(), w), z, eps, t, t * 0.4, torch.arange(n) % 3)
+    assert numbers["mse"] < 1e-20

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import encode_latents
-from model import InputError, load_decoder, read_tensors, write_json
+from model import InputError, load_decoder, read_json, read_tensors, write_json
 from sanity import digits, report, train_decoder
 
 NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
@@ -93,7 +93,7 @@ def test_digits_folder(chain, tmp_path, capsys):
 def test_digits_go_on(tmp_path):
     arguments = ["--out", str(tmp_path), "--train", "20", "--held-out", "10", "--image-size", "16"]
     digits.main(arguments)
-    marker = json.loads((tmp_path / "digits.json").read_text())
+    marker = read_json(tmp_path / "digits.json")
     write_json(tmp_path / "digits.json", {**marker, "complete": False})
     (tmp_path / "train/3/00001.png").unlink()
     digits.main(arguments)

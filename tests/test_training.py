@@ -161,6 +161,27 @@ def test_fine_tuning(home, tmp_path):
     assert changed == [set(), {"y_embedder.embedding_table.weight"}]
 
 
+def lively(home, folder):
+    """The teacher with random numbers added to its weights: after a few steps from zero, labels hardly change what it says."""
+    teacher, config, stats = model.load_network(home / "teacher")
+    for p in teacher.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_network(folder, teacher.state_dict(), config, stats)
+    return folder
+
+
+def test_guided_training(home, tmp_path):
+    """--guidance W changes what CMT and MFD learn; a weak teacher that is as good as the teacher does not."""
+    teacher = lively(home, tmp_path / "teacher")
+    for stage, weak in (("cmt", None), ("meanflow", None), ("meanflow", teacher)):
+        runs = [tmp_path / f"{stage}-{bool(weak)}-{w}" for w in (1, 3)]
+        train(home, stage, runs[0], "--steps", "2", "--teacher", teacher)
+        train(home, stage, runs[1], "--steps", "2", "--teacher", teacher, "--guidance", "3", "--guidance-interval", "0.1", "0.9",
+              *(("--weak-teacher", weak) if weak else ()))
+        a, b = (weights(run) for run in runs)
+        assert all(torch.equal(a[k], b[k]) for k in a) == bool(weak)
+
+
 def test_cmt_from_a_published_teacher(home, tmp_path):
     """No images and no folder of ours: a .pt file of weights and one of statistics, whose mean is None."""
     torch.save({"ema": weights(home / "teacher"), "step": 7}, tmp_path / "stage2_model.pt")
@@ -299,7 +320,8 @@ def test_sampling_from_what_was_trained(home, tmp_path):
         input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)}, model.load_stats(home / "latents"))
 
     def run(name, *more, world=1):
-        argv = [f"{home}/{'teacher' if 'teacher' in name else 'cmt'}", "--decoder", f"{tmp_path}/decoder", "--num-samples", "20",
+        network = tmp_path / "teacher" if "lively" in name else home / ("teacher" if "teacher" in name else "cmt")
+        argv = [str(network), "--decoder", f"{tmp_path}/decoder", "--num-samples", "20",
                 "--out", f"{tmp_path}/{name}.npz", *more]
         sample.main(argv) if world == 1 else run_on(world, sample.main, argv)
         file = numpy.load(tmp_path / f"{name}.npz")
@@ -310,6 +332,10 @@ def test_sampling_from_what_was_trained(home, tmp_path):
     other, _ = run("b", "--batch-size", "5")
     assert abs(images.astype(int) - other).max() <= 1
     assert numpy.array_equal(run("two", "--batch-size", "8", world=2)[0], images)
+    lively(home, tmp_path / "teacher")
+    assert not numpy.array_equal(run("lively", "--nfe", "4")[0], run("lively guided", "--nfe", "4", "--guidance", "5")[0])
+    with pytest.raises(model.InputError, match="for a teacher"):
+        run("student guided", "--guidance", "2")
     with pytest.raises(RuntimeError, match="interrupted"):
         original, calls = sample.to_uint8, []
 

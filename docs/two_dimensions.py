@@ -1,0 +1,139 @@
+"""The whole method in two dimensions: teacher, CMT, MFD and MFT on a spiral of two classes, with the stages' own loss functions.
+
+    python docs/two_dimensions.py [picture.png]            # half a minute on a CPU
+
+Networks are small MLPs, data points are (B, 2, 1, 1) "latents". Prints the energy distance of each stage's samples to the data and
+draws the samples: one panel for each stage, the number behind its name is that of network evaluations.
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import long_jumps, ode_times, solve_ode  # noqa: E402
+from train_cmt import consistency_loss  # noqa: E402
+from train_meanflow import meanflow_loss  # noqa: E402
+from train_teacher import flow_matching_loss  # noqa: E402
+
+BATCH, CLASSES = 512, 2
+
+
+class MLP(nn.Module):
+    """v(z, t, y), or with s the mean velocity h(z, t, s, y); the layer that sees t - s starts at zero, so that h starts as v."""
+
+    def __init__(self, width=192):
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(1, 9) * torch.pi / 2)
+        self.z, self.t, self.y = nn.Linear(2, width), nn.Linear(16, width), nn.Embedding(CLASSES, width)
+        self.difference = nn.Linear(16, width)
+        nn.init.zeros_(self.difference.weight)
+        nn.init.zeros_(self.difference.bias)
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+
+    def waves(self, t):
+        angle = t[:, None] * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    def forward(self, z, t, y, s=None):
+        x = self.z(z[:, :, 0, 0]) + self.t(self.waves(t)) + self.y(y)
+        if s is not None:
+            x = x + self.difference(self.waves(t - s))
+        return self.layers(x)[:, :, None, None]
+
+
+def spiral(n):
+    """Two interleaved arms, a class each: points (n, 2, 1, 1), labels (n,)."""
+    y = torch.randint(CLASSES, (n,))
+    turn = torch.rand(n).sqrt() * 3 * torch.pi
+    radius, angle = turn / (3 * torch.pi) * 1.8, turn + torch.pi * y
+    points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1) + 0.04 * torch.randn(n, 2)
+    return points[:, :, None, None], y
+
+
+def train(net, steps, lr, loss_of_step):
+    """Adam, learning rate to zero along a cosine."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        loss = loss_of_step()[0]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def energy_distance(a, b):
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two point sets (n, 2): 0 for equal distributions."""
+    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
+
+
+def main(out):
+    torch.manual_seed(0)
+    start, panels = time.time(), {}
+    teacher, student = MLP(), MLP()
+
+    def h(z, t, s, y):
+        return student(z, t, y, s)
+
+    def flow_matching():
+        z_0, y = spiral(BATCH)
+        return flow_matching_loss(teacher, z_0, torch.randn_like(z_0), torch.rand(BATCH), y)
+
+    def cmt():                                    # 64 trajectories of 16 Euler steps, 8 pairs of points from each
+        y, times = torch.randint(CLASSES, (BATCH // 8,)), torch.tensor(ode_times(16, 1.0))
+        with torch.no_grad():
+            points = torch.stack(solve_ode(lambda z, t: teacher(z, t, y), torch.randn(len(y), 2, 1, 1), times.tolist()), dim=1)
+        row, (i, j) = torch.arange(BATCH) // 8, torch.triu_indices(17, 17, offset=1)[:, torch.randint(136, (BATCH,))]
+        return consistency_loss(h, points[row, i], points[row, j], times[i], times[j], y[row])
+
+    def meanflow(eta):                            # three rows in four: s = t, as in the stage itself
+        z_0, y = spiral(BATCH)
+        s, t = torch.rand(BATCH, 2).sort(dim=1).values.unbind(1)
+        s = torch.where(torch.arange(BATCH) % 4 == 0, s, t)
+        return meanflow_loss(h, teacher, z_0, torch.randn_like(z_0), t, s, y, eta, rows=slice(None, None, 4))
+
+    noise, labels = torch.randn(4000, 2, 1, 1), torch.arange(4000) % CLASSES
+    real, floor = spiral(4000)[0], spiral(4000)[0]
+
+    @torch.no_grad()
+    def show(name, points):
+        panels[name] = points.flatten(1)
+        distance = energy_distance(panels[name], real.flatten(1))
+        print(f"{name:12} energy distance to the data {distance:.5f}   {time.time() - start:4.0f} s", flush=True)
+
+    def jumps(name, nfe):
+        with torch.no_grad():
+            show(f"{name} {nfe}", long_jumps(lambda z, t, s: h(z, t, s, labels), noise, [1 - i / nfe for i in range(nfe + 1)]))
+
+    show("data", floor)
+    train(teacher, 4000, 2e-3, flow_matching)
+    for steps in (50, 1):
+        with torch.no_grad():
+            show(f"teacher {steps}", solve_ode(lambda z, t: teacher(z, t, labels), noise, ode_times(steps, 1.0))[-1])
+    student.load_state_dict(teacher.state_dict())
+    train(student, 1000, 1e-3, cmt)
+    jumps("CMT", 1)
+    train(student, 4000, 1e-3, lambda: meanflow(1))
+    jumps("MFD", 1)
+    jumps("MFD", 2)
+    train(student, 500, 1e-4, lambda: meanflow(0))
+    jumps("MFT", 1)
+
+    cell, picture = 220, Image.new("L", (220 * len(panels), 250), 255)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+    for k, (name, points) in enumerate(panels.items()):
+        density = np.histogram2d(-points[:, 1].numpy(), points[:, 0].numpy(), bins=cell - 10, range=[[-2.3, 2.3]] * 2)[0]
+        picture.paste(Image.fromarray((255 * np.exp(-1.2 * density)).astype(np.uint8)), (k * cell + 5, 30))
+        pen.text((k * cell + cell / 2, 15), name, fill=0, font=font, anchor="mm")
+    picture.save(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "two_dimensions.png")

@@ -1,0 +1,69 @@
+"""Draws the logs of one or several runs as a picture; needs matplotlib.
+
+    python sanity/plot_logs.py runs/cmt runs/meanflow --out logs.png
+    python sanity/plot_logs.py runs/a runs/b --keys mse grad_norm --out logs.png
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import InputError, command, write_atomically  # noqa: E402
+
+
+def read_log(run):
+    """log.jsonl of a run's folder -> list of dicts; a line that a crash has cut is left out."""
+    path = Path(run) / "log.jsonl"
+    if not path.exists():
+        raise InputError(f"no log in {run}: give folders that a training stage has written")
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    if not lines:
+        raise InputError(f"{path} is empty: the run has not logged yet")
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", help="folders of training runs")
+    parser.add_argument("--keys", nargs="+", default=["loss", "mse", "grad_norm", "grad_norm_max", "lr", "samples_per_second"],
+                        help="what to draw, a panel each (default %(default)s)")
+    parser.add_argument("--out", default="logs.png", help="the picture (default %(default)s)")
+    args = parser.parse_args(argv)
+    logs = {run: read_log(run) for run in args.runs}
+    keys = [key for key in args.keys if any(key in line for log in logs.values() for line in log)]
+    if not keys:
+        raise InputError(f"none of {', '.join(args.keys)} is in these logs")
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("this script needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = min(3, len(keys))
+    rows = -(-len(keys) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(keys):]:
+        ax.remove()
+    for ax, key in zip(axes.flat, keys, strict=False):
+        for run, log in logs.items():
+            points = [(line["step"], line[key]) for line in log if key in line]
+            ax.plot(*zip(*points, strict=True), label=run, linewidth=1) if points else None
+        values = [line[key] for log in logs.values() for line in log if key in line]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            ax.set_yscale("log")
+        ax.set_title(key, fontsize=10)
+        ax.set_xlabel("step", fontsize=8)
+        ax.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    write_atomically(args.out, lambda path: figure.savefig(path, format="png", dpi=110))
+    print(f"{args.out}: {len(keys)} panels, {len(logs)} runs")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,172 @@
+"""Killed, cut, turned bits, full disks: what docs/RELIABILITY.md promises, tried. About half an hour on one core; prints Markdown.
+
+    python tests/campaign.py                       # all of it, in a temporary folder
+    python tests/campaign.py --parts kill --kills 3
+
+kill: each command is killed (SIGKILL) at random times, resumed each time, and must end with the very files of an undisturbed run.
+damage: a bit turned, or the end cut, in a copy of each kind of file we write: the next command must name it, or do without it.
+disk: each command on a disk that fills (a tmpfs of a few MB: Linux, root), then again with space made.
+"""
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+ENCODER = "random:width=32,depth=1,heads=2,patch=8,seed=0"
+SMALL = "--batch-size 16 --save-every 4 --log-every 4 --keep 2"
+STAGES = {   # name: (script, arguments; {home} holds what the stages before made, {out} is written, what must be the same in the end)
+    "encode_latents.py": ("--data-path {home}/images --out {out} --image-size 32 --encoder-size 32 --batch-size 16 --shard-size 100 "
+                          f"--workers 2 --encoder {ENCODER}", "*"),
+    "train_teacher.py": (f"--latents {{home}}/latents --out {{out}} --preset DiTDH-mini --steps 160 --time-shift 3 {SMALL} --resume", "*s"),
+    "train_cmt.py": (f"--teacher {{home}}/teacher --out {{out}} --pairs 4 --pool-age 8 --steps 160 {SMALL} --resume", "*s"),
+    "train_meanflow.py": (f"--latents {{home}}/latents --teacher {{home}}/teacher --init {{home}}/cmt --out {{out}} --steps 120 {SMALL} "
+                          "--resume", "*s"),
+    "sample.py": ("{home}/teacher --decoder {home}/decoder --nfe 50 --num-samples 600 --batch-size 20 --out {out}/samples.npz", "*.npz"),
+}
+
+
+def command(script, home, out, *more):
+    return [sys.executable, str(ROOT / script), *STAGES[script][0].format(home=home, out=out).split(), *more]
+
+
+def run(*argv, **options):
+    """-> (exit status, the last line of what it said)"""
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, **options)
+    if "Traceback" in result.stderr:
+        sys.exit(f"a traceback from {' '.join(map(str, argv))}:\n{result.stderr}")
+    return result.returncode, (result.stderr if result.returncode else result.stdout).strip().splitlines()[-1][:240]
+
+
+def prepare(home):
+    """A small world: images, latents, decoder, teacher, CMT."""
+    rng = np.random.default_rng(0)
+    for label in "abc":
+        (home / "images" / label).mkdir(parents=True)
+        for i in range(400):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(home / "images" / label / f"{i:03d}.png")
+    for name, script in (("latents", "encode_latents.py"), ("teacher", "train_teacher.py"), ("cmt", "train_cmt.py")):
+        assert run(*command(script, home, home / name))[0] == 0
+    code, said = run(sys.executable, "sanity/train_decoder.py", "--data-path", home / "images", "--latents", home / "latents", "--out",
+                     home / "decoder", "--steps", "4", "--batch-size", "16")
+    assert code == 0, said
+
+
+def files(folder, pattern):
+    """{name: sha256} of the files that must be the same; those that hold times, dates and commands (*.json) aside."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))
+            if path.suffix not in (".json", ".jsonl")}
+
+
+def kill(home, kills, rng):
+    print("| command | undisturbed, s | killed | while | files | bit-identical |\n|---|---|---|---|---|---|", flush=True)
+    for script, (_, pattern) in STAGES.items():
+        calm, wild = home / "calm", home / "wild"
+        start = time.monotonic()
+        assert run(*command(script, home, calm))[0] == 0
+        seconds, killed, writing = time.monotonic() - start, 0, 0
+        while killed < kills:
+            process = subprocess.Popen(command(script, home, wild), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       start_new_session=True)
+            try:
+                process.wait(rng.uniform(0.3, 1) * seconds)
+                if process.returncode:
+                    sys.exit(f"{script} failed after {killed} kills: {run(*command(script, home, wild))[1]}")
+                shutil.rmtree(wild)                                 # it came to its end: once more from the beginning
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)              # its workers too
+                process.wait()
+                killed += 1
+                writing += any(wild.rglob("*.tmp"))
+        code, said = run(*command(script, home, wild))
+        same = code == 0 and files(calm, pattern) == files(wild, pattern)
+        print(f"| `{script}` | {seconds:.0f} | {killed} times | {writing} writing a file | {len(files(calm, pattern))} | "
+              f"{'yes' if same else 'NO: ' + said} |", flush=True)
+        for folder in (calm, wild):
+            shutil.rmtree(folder)
+
+
+def damage(home, rng):
+    """For each kind of file: (what is called afterwards, the file, what it should do)."""
+    assert run(*command("train_meanflow.py", home, home / "mfd"))[0] == 0
+    sample = [sys.executable, "sample.py", "{0}/teacher", "--decoder", "{0}/decoder", "--num-samples", "4", "--nfe", "2", "--out",
+              "{0}/s.npz"]
+    assert run(*(part.format(home) for part in sample))[0] == 0
+    verify = [sys.executable, "encode_latents.py", "--out", "{0}/latents", "--verify"]
+    resume = command("train_meanflow.py", "{0}", "{0}/mfd", "--steps", "124")
+    score = [sys.executable, "eval_fid.py", "{0}/s.npz", "--reference", "{0}/s.npz", "--features", f"encoder:{ENCODER}", "--pr-images", "0"]
+    newest = max(path.name for path in (home / "mfd").glob("state_*"))
+    cases = [("latents/shard_00001.safetensors", verify), ("latents/latent_stats.safetensors", verify), ("latents/latents.json", verify),
+             ("teacher/config.json", sample), ("teacher/model.safetensors", sample), ("teacher/latent_stats.safetensors", sample),
+             ("decoder/model.safetensors", sample), ("decoder/config.json", sample), (f"mfd/{newest}", resume), ("mfd/run.json", resume),
+             ("mfd/log.jsonl", resume), ("s.npz", score), ("s.json", sample)]
+    print("| file | a bit turned: 10 places | cut in 3 places | it says |\n|---|---|---|---|", flush=True)
+    for name, after in cases:
+        content, seen, said = (home / name).read_bytes(), {"turned": [], "cut": []}, ""
+        places = [rng.randrange(len(content)) for _ in range(10)]
+        broken = [("turned", content[:i] + bytes([content[i] ^ 1 << rng.randrange(8)]) + content[i + 1:]) for i in places]
+        broken += [("cut", content[:int(part * len(content))]) for part in (0, 0.5, 0.999)]
+        for kind, bad in broken:
+            copy = home / "copy"
+            shutil.copytree(home, copy, ignore=shutil.ignore_patterns("copy", "images"), copy_function=os.link)
+            (copy / name).unlink()
+            (copy / name).write_bytes(bad)
+            code, line = run(*(str(part).format(copy) for part in after))
+            named = Path(name).name in line or (newest in name and code == 0)
+            seen[kind].append(named)
+            said = line.replace(str(copy), "...") if named or not said else said
+            shutil.rmtree(copy)
+        print(f"| `{name}` | {sum(seen['turned'])} noticed | {sum(seen['cut'])} noticed | {said} |", flush=True)
+
+
+def disk(home):
+    print("| command | disk | it says | status | with space made | the same files |\n|---|---|---|---|---|---|", flush=True)
+    for script, (_, pattern) in STAGES.items():
+        calm, small = home / "calm", home / "small"
+        assert run(*command(script, home, calm))[0] == 0
+        small.mkdir()
+        # room for two thirds of what the command leaves there, in megabytes
+        size = max(1, round(sum(path.stat().st_size for path in calm.rglob("*") if path.is_file()) / 1.5e6))
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", small]).returncode:
+            sys.exit("a small disk needs root on Linux (mount -t tmpfs)")
+        try:
+            out = small / "out"
+            code, said = run(*command(script, home, out))
+            half = [path.name for path in small.rglob("*.tmp")]
+            subprocess.run(["mount", "-o", f"remount,size={size * 10}m", small], check=True)
+            after, _ = run(*command(script, home, out))
+            same = after == 0 and files(calm, pattern) == files(out, pattern)
+            print(f"| `{script}` | {size} MB | {said.replace(str(home), '...')} | {code} | status {after} | "
+                  f"{'yes' if same and not half else f'NO {half}'} |", flush=True)
+        finally:
+            subprocess.run(["umount", small], check=True)
+            shutil.rmtree(small)
+            shutil.rmtree(calm)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("kill", "damage", "disk"), default=["kill", "damage", "disk"], help="(default: all)")
+    parser.add_argument("--kills", type=int, default=20, help="of each command (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of times and places (default %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        home, rng = Path(home), random.Random(args.seed)
+        prepare(home)
+        for part in args.parts:
+            print(f"\n{part}\n", flush=True)
+            {"kill": lambda: kill(home, args.kills, rng), "damage": lambda: damage(home, rng), "disk": lambda: disk(home)}[part]()
+
+
+if __name__ == "__main__":
+    main()
