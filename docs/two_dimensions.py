@@ -20,13 +20,13 @@ from train_cmt import consistency_loss  # noqa: E402
 from train_meanflow import meanflow_loss  # noqa: E402
 from train_teacher import flow_matching_loss  # noqa: E402
 
-BATCH, CLASSES = 512, 2
+BATCH, CLASSES = 256, 2
 
 
 class MLP(nn.Module):
     """v(z, t, y), or with s the mean velocity h(z, t, s, y); the layer that sees t - s starts at zero, so that h starts as v."""
 
-    def __init__(self, width=192):
+    def __init__(self, width=128):
         super().__init__()
         self.register_buffer("frequencies", torch.arange(1, 9) * torch.pi / 2)
         self.z, self.t, self.y = nn.Linear(2, width), nn.Linear(16, width), nn.Embedding(CLASSES, width)
@@ -49,9 +49,9 @@ class MLP(nn.Module):
 def spiral(n):
     """Two interleaved arms, a class each: points (n, 2, 1, 1), labels (n,)."""
     y = torch.randint(CLASSES, (n,))
-    turn = torch.rand(n).sqrt() * 3 * torch.pi
-    radius, angle = turn / (3 * torch.pi) * 1.8, turn + torch.pi * y
-    points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1) + 0.04 * torch.randn(n, 2)
+    radius = 0.5 + 1.3 * torch.rand(n).sqrt()
+    angle = 1.1 * torch.pi * radius + torch.pi * y
+    points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1) + 0.05 * torch.randn(n, 2)
     return points[:, :, None, None], y
 
 
@@ -112,17 +112,17 @@ def main(out):
             show(f"{name} {nfe}", long_jumps(lambda z, t, s: h(z, t, s, labels), noise, [1 - i / nfe for i in range(nfe + 1)]))
 
     show("data", floor)
-    train(teacher, 4000, 2e-3, flow_matching)
+    train(teacher, 3000, 2e-3, flow_matching)
     for steps in (50, 1):
         with torch.no_grad():
             show(f"teacher {steps}", solve_ode(lambda z, t: teacher(z, t, labels), noise, ode_times(steps, 1.0))[-1])
     student.load_state_dict(teacher.state_dict())
-    train(student, 1000, 1e-3, cmt)
+    train(student, 500, 1e-3, cmt)
     jumps("CMT", 1)
-    train(student, 4000, 1e-3, lambda: meanflow(1))
+    train(student, 3500, 1e-3, lambda: meanflow(1))
     jumps("MFD", 1)
     jumps("MFD", 2)
-    train(student, 500, 1e-4, lambda: meanflow(0))
+    train(student, 300, 1e-4, lambda: meanflow(0))
     jumps("MFT", 1)
 
     cell, picture = 220, Image.new("L", (220 * len(panels), 250), 255)

@@ -35,8 +35,8 @@ def glyph(digit):
 
 
 def colour(rng, light):
-    """A pale or a deep colour of any hue, RGB in [0, 1]."""
-    lowest, highest = ([0, 0.1, 0.85], [1, 0.5, 1]) if light else ([0, 0.5, 0.3], [1, 1, 0.65])
+    """A bright or a dark colour of any hue, RGB in [0, 1]."""
+    lowest, highest = ([0, 0.2, 0.7], [1, 0.9, 1]) if light else ([0, 0.3, 0], [1, 1, 0.25])
     hue, saturation, value = rng.uniform(lowest, highest)
     return value * (1 - saturation * (1 - np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)))
 
@@ -45,15 +45,15 @@ def draw(seed, split, digit, index, size):
     """One image, (size, size, 3) uint8."""
     rng = np.random.default_rng([seed, SPLITS.index(split), digit, index])
     paper, ink = colour(rng, light=False), colour(rng, light=True)
-    while abs((paper - ink) @ LUMA) < 0.35:        # a pale blue on a deep yellow would be hard to read
+    while abs((paper - ink) @ LUMA) < 0.35:        # a bright blue on a dark yellow would be hard to read
         paper, ink = colour(rng, light=False), colour(rng, light=True)
     mask, big = glyph(digit), size * OVERSAMPLE
-    scale = rng.uniform(0.65, 0.85) * big / mask.height
-    angle = math.radians(rng.uniform(-12, 12))
+    scale = rng.uniform(0.7, 0.85) * big / mask.height
+    angle = math.radians(rng.uniform(-8, 8))
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     extent = scale * scale * np.array([mask.width * abs(cos) + mask.height * abs(sin),
                                        mask.width * abs(sin) + mask.height * abs(cos)])
-    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 4         # half of the way to the edge, at most
+    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 6         # a third of the way to the edge, at most
     x, y = big / 2 + rng.uniform(-room, room)
     inverse = (cos, sin, mask.width / 2 - cos * x - sin * y, -sin, cos, mask.height / 2 + sin * x - cos * y)
     placed = mask.transform((big, big), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR).reduce(OVERSAMPLE)

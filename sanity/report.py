@@ -5,9 +5,11 @@
         "teacher 50=samples/teacher_50.npz:50" "MFD 1=samples/mfd_1.npz:1"         # name=file:nfe, one or more
 
 Frechet distances to held-out real images in two feature spaces: the latents' encoder, its tokens averaged over the
-grid; and the last hidden layer of a small convolutional classifier, fitted here to the real training images and kept in
---run. Class accuracy is that classifier's. Sample files are sample.py's: image i of each has the same noise, and the
-label i mod K.
+grid; and the third of the four blocks of a small convolutional classifier, averaged likewise, which is fitted here to
+the real training images and kept in --run. The distance in its last block is given too, but not judged by: there a
+fitted classifier has little left but the class, so that it sees neither colour nor sharpness and likes what is average
+(docs/RESULTS.md has the figures). Class accuracy is that classifier's. Sample files are sample.py's: image i of each has
+the same noise, and the label i mod K.
 """
 import argparse
 import hashlib
@@ -49,7 +51,7 @@ BATCH = 250
 # The classifier: a judge that has nothing to do with the encoder
 # ----------------------------------------------------------------------------------------------------------------------
 class Classifier(nn.Module):
-    """uint8 images (B, 3, S, S) -> features (B, 128) and, through `head`, logits (B, classes)."""
+    """uint8 images (B, 3, S, S) -> features of the third block (B, 128), of the fourth and last, (B, 128), and logits."""
 
     def __init__(self, classes):
         super().__init__()
@@ -57,11 +59,13 @@ class Classifier(nn.Module):
         for before, width in ((32, 64), (64, 128), (128, 128)):
             layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
                        nn.MaxPool2d(2)]
-        self.trunk = nn.Sequential(*layers[:-1])
+        self.trunk, self.last = nn.Sequential(*layers[:10]), nn.Sequential(*layers[10:-1])
         self.head = nn.Linear(128, classes)
 
     def forward(self, images):
-        return self.trunk(images.float() / 127.5 - 1).mean((2, 3))
+        x = self.trunk(images.float() / 127.5 - 1)
+        last = self.last(x).mean((2, 3))
+        return x.mean((2, 3)), last, self.head(last)
 
 
 def fit(images, labels, classes, steps, seed, device):
@@ -73,7 +77,7 @@ def fit(images, labels, classes, steps, seed, device):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     start = time.time()
     for step, rows in enumerate(RowSampler(len(images), seed, 128, [(0, 128)], 0, steps), 1):
-        loss = F.cross_entropy(net.head(net(images[rows].to(device))), labels[rows].to(device))
+        loss = F.cross_entropy(net(images[rows].to(device))[-1], labels[rows].to(device))
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -125,15 +129,15 @@ def read_samples(path, size, classes):
 
 @torch.no_grad()
 def measure(images, labels, encoder, net, device):
-    """-> Moments of the encoder's pooled tokens, Moments of the classifier's features, the classifier's accuracy."""
-    pooled, hidden, hits = Moments(), Moments(), 0
+    """-> {space: Moments}: the encoder's pooled tokens, two of the classifier's blocks; and the classifier's accuracy."""
+    moments, hits = {"encoder": Moments(), "classifier": Moments(), "last_block": Moments()}, 0
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         x = x.to(device)
-        features = net(x)
-        pooled.update(encoder(x).mean((2, 3)))
-        hidden.update(features)
-        hits += (net.head(features).argmax(1).cpu() == y).sum().item()
-    return pooled, hidden, hits / len(labels)
+        *features, logits = net(x)
+        for m, values in zip(moments.values(), (encoder(x).mean((2, 3)), *features), strict=True):
+            m.update(values)
+        hits += (logits.argmax(1).cpu() == y).sum().item()
+    return moments, hits / len(labels)
 
 
 def distance(a, b):
@@ -237,15 +241,16 @@ def write_report(path, about, rows, checks, seconds):
              plain + " No figure here can stand beside a published FID, whose features are others.", "",
              "![picture](picture.png)", "",
              "Rows are classes; along a row, the generated images have the same noise.", "",
-             "| | NFE | Frechet distance, encoder | Frechet distance, classifier | class accuracy | likeness | "
-             "images | training s | sampling s |", "|---|---|---|---|---|---|---|---|---|"]
+             "| | NFE | Frechet distance, encoder | Frechet distance, classifier | (its last block) | class accuracy | "
+             "likeness | images | training s | sampling s |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         lines.append(f"| {name} | {cell(row['nfe'])} | {row['encoder']:.3g} | {row['classifier']:.3g} | "
-                     f"{row['accuracy']:.4f} | {cell(row['likeness'], '.3f')} | {row['count']:,} | "
+                     f"{row['last_block']:.3g} | {row['accuracy']:.4f} | {cell(row['likeness'], '.3f')} | {row['count']:,} | "
                      f"{cell(row['training_seconds'], '.0f')} | {cell(row['sampling_seconds'], '.0f')} |")
     lines += ["", f"Distances are to {held_out:,} held-out real images: between the encoder's tokens averaged over the "
-              "grid, and between the last hidden features of a small classifier fitted to the "
-              f"{about['train']['count']:,} real training images. *real* is the floor: {real:,} training images to the "
+              "grid, and between the third block's features of a small classifier fitted to the "
+              f"{about['train']['count']:,} real training images, averaged likewise. In its last block there is little "
+              f"left but the class: that distance is given, but not judged by. *real* is the floor: {real:,} training images to the "
               "held-out ones; the accuracy in its row is on the held-out images, which the classifier has not seen. "
               "*decoded real* is those training images through encoder and decoder: a perfect generator's figures. "
               "Likeness: squared pixel error to the teacher's 50-step image of the same noise, in units of that "
@@ -326,12 +331,13 @@ def main(argv=None):
     print(f"measuring {len(real):,} held-out images, {len(other):,} others, and {len(sets)} sample files", flush=True)
     decoded = decode(other, encoder, decoder, device)
     sets = {"real": (other, other_labels), "decoded real": (decoded, other_labels), **sets}
-    pooled, hidden, held_out_accuracy = measure(real, real_labels, encoder, net, device)
+    reference, held_out_accuracy = measure(real, real_labels, encoder, net, device)
     seconds, rows = read_seconds(run), {}
     for name, (images, labels) in sets.items():
-        a, b, accuracy = measure(images, labels, encoder, net, device)
-        rows[name] = dict(nfe=files[name][1] if name in files else None, encoder=distance(a, pooled),
-                          classifier=distance(b, hidden), accuracy=held_out_accuracy if name == "real" else accuracy,
+        moments, accuracy = measure(images, labels, encoder, net, device)
+        rows[name] = dict(nfe=files[name][1] if name in files else None,
+                          **{space: distance(m, reference[space]) for space, m in moments.items()},
+                          accuracy=held_out_accuracy if name == "real" else accuracy,
                           likeness=None, count=len(images), sampling_seconds=seconds.get(f"sample {name}"),
                           training_seconds=seconds.get("decoder" if name == "decoded real" else name.split()[0]))
         if name in files and "teacher 50" in sets:

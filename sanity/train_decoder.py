@@ -94,8 +94,8 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1500, help="of the optimizer (default %(default)s)")
     add("--batch-size", type=int, default=32, help="images (default %(default)s: on a CPU many small steps learn most)")
     add("--lr", type=float, default=3e-3, help="of AdamW at its highest; cosine to a tenth (default %(default)s)")
-    add("--noise", type=float, default=0.1, metavar="TAU", help="largest noise on the latents, in units of their "
-        "spread (default %(default)s; RAE 0.8, where a GAN draws again what the noise has hidden)")
+    add("--noise", type=float, default=0.8, metavar="TAU", help="largest noise on the latents, in units of their "
+        "spread: the decoder then forgives what is generated its small faults (default %(default)s: RAE)")
     add("--feature-weight", type=float, default=0.3, help="w, of the encoder's features (default %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the weights' average per step (default %(default)s)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")

@@ -3,6 +3,7 @@
     python tests/benchmark.py                          # each stage's step, sampling, the reader: minutes on a GPU, 20 on two CPU cores
     python tests/benchmark.py --preset DiTDH-XL --precision bf16 --compile --micro-batch 32 --json xl.json
     python tests/benchmark.py --table                  # parameters and multiply-adds of every preset, counted on the meta device
+    python tests/benchmark.py --fit                    # the largest micro-batch for cards, presets and stages, computed
     python tests/benchmark.py --metrics                # eval_fid.py's metrics of 50,000 x 2048 features (minutes on a CPU)
 
 F is one forward pass of the student for the same batch, without gradient. Steps are forward and backward of the stages' own losses, random
@@ -99,6 +100,49 @@ def table():
             share = sums["ViT-XL", px][1] / linear
             print(f"| one image, {steps} step{'s' * (steps > 1)}, XL (decoder {share:.0%}) | {px} | | {full:.1f} | {linear:.1f} "
                   f"| {PAPER_ONE_STEP[px] if steps == 1 else ''} |")
+
+
+def activations(preset, px, precision, checkpointed):
+    """Bytes that one row keeps for the backward pass: tensors saved by autograd, in fake tensors, which need no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def saved(rows):
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[id(storage)] = (storage.nbytes(), storage)        # the storage itself, so that its id is not used again
+            return tensor
+        z, t = torch.randn(rows, *net.shape), torch.rand(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = net(z, t, torch.zeros(rows, dtype=torch.long), t).float().square().mean()
+        return sum(n for n, _ in sizes.values()), loss
+    with FakeTensorMode():
+        net = DiTDH(px // 16, 768, num_classes=1000, time_difference=True, **DIT_PRESETS[preset])
+        net.checkpoint_activations = checkpointed
+        few, many = (saved(rows)[0] for rows in (4, 8))
+    return (many - few) / 4
+
+
+def fit():
+    """Markdown: the largest micro-batch, a multiple of 4, that should fit; 8% of a card and 1.5 GB are left for everything else.
+
+    A trained parameter takes 22 bytes (weight, gradient, average, two moments, autocast's bf16 copy), the teacher's 4."""
+    cards = (24, 48, 80, 141)
+    print("| px | preset | stage | activations checkpointed | GB without rows | GB a row | " + " | ".join(f"{c} GB" for c in cards)
+          + " |\n|" + "---|" * (6 + len(cards)))
+    for px in (256, 512):
+        for preset in ("DiTDH-S", "DiTDH-B", "DiTDH-XL"):
+            teacher, student = (backbone(preset, px, difference)[0] for difference in (False, True))
+            kept, inputs = (activations(preset, px, "bf16", checkpointed) for checkpointed in (False, True))
+            for checkpointed, row in ((False, kept), (True, inputs + kept / sum(DIT_PRESETS[preset]["depth"]))):   # + a block's own
+                latent = 4 * 768 * (px // 16) ** 2
+                for stage, base, each in (("teacher", 22 * teacher, row), ("CMT", 22 * student + 4 * teacher, row + 17 * latent),
+                                          ("MFD", 22 * student + 4 * teacher, row + 8 * latent)):
+                    room = [int((0.92 * c - 1.5) * 1e9 - base) // int(4 * each) * 4 for c in cards]
+                    print(f"| {px} | {preset} | {stage} | {'yes' if checkpointed else 'no'} | {base / 1e9:.1f} | {each / 1e9:.3f} | "
+                          + " | ".join(str(n) if n > 0 else "-" for n in room) + " |", flush=True)
 
 
 def metrics(count=50_000, reference=10_000, width=2048):
@@ -351,6 +395,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", action="store_true", help="parameters and multiply-adds of every preset, nothing else")
+    add("--fit", action="store_true", help="what should fit into the memory of cards, nothing else")
     add("--metrics", action="store_true", help="seconds and memory of the metrics, nothing else")
     add("--parts", nargs="+", choices=("steps", "sampling", "reader"), default=["steps", "sampling", "reader"], help="(default: all)")
     add("--preset", choices=DIT_PRESETS, default="DiTDH-S", help="(default %(default)s)")
@@ -365,8 +410,9 @@ def main():
     add("--repeats", type=int, default=5, help="rounds that count (default %(default)s)")
     add("--json", help="also write everything to this file")
     args = parser.parse_args()
-    if args.table or args.metrics:
-        return table() if args.table else metrics()
+    for chosen, function in ((args.table, table), (args.fit, fit), (args.metrics, metrics)):
+        if chosen:
+            return function()
     if args.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
