@@ -19,6 +19,7 @@ Defaults are those of MF-RAE for ImageNet at 256 px.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -159,7 +160,8 @@ class Run:
         if self.rank == 0 and not args.synthetic:
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
             log = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
-            log = [line for line in log if line.endswith("}") and json.loads(line)["step"] <= self.step]   # no step twice
+            found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
+            log = [line for line, step in found if step and int(step[1]) <= self.step and line.endswith("}")]     # no step twice
             write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))
         self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
         self.since, self.logged = time.perf_counter(), self.step
@@ -220,7 +222,7 @@ class Run:
             raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
                              "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
         if self.rank == 0:
-            text = json.dumps({k: float(f"{v:.6g}") for k, v in line.items()})
+            text = json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items()})
             if not self.args.synthetic:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(text + "\n")

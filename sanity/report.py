@@ -279,7 +279,7 @@ def parse_args(argv=None):
     add("--decoder", help="decoder for *decoded real* (default: `decoder` in --run)")
     add("--samples", nargs="+", metavar="NAME=FILE:NFE", help="sample files, in the order of the columns (default: "
         f"{', '.join(COLUMNS)}, from `samples/teacher_50.npz` and so on in --run)")
-    add("--classifier-steps", type=int, default=300, help="of the optimizer, 128 images each (default %(default)s)")
+    add("--classifier-steps", type=int, default=200, help="of the optimizer, 128 images each (default %(default)s)")
     add("--seed", type=int, default=0, help="of the classifier (default %(default)s)")
     return parser.parse_args(argv)
 

@@ -33,16 +33,16 @@ stage decoder "$PYTHON" sanity/train_decoder.py --data-path $DATA/train --latent
 
 # Latents of 1,024 numbers need no time shift by RAE's rule. It is 2.5 here, so that a shift forgotten anywhere would show.
 stage teacher "$PYTHON" train_teacher.py --latents "$LATENTS" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2.5 \
-    --steps $((3000 * SCALE)) --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 $COMMON
+    --steps $((2600 * SCALE)) --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 $COMMON
 stage CMT "$PYTHON" train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
     --steps $((250 * SCALE)) --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 $COMMON
 # Small networks: a mild weight (docs/METHOD.md); the published one is the default at the paper's scale. Many small operations: two
 # more evaluations are cheaper than the exact derivative (docs/COST.md).
 WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
 stage MFD "$PYTHON" train_meanflow.py --latents "$LATENTS" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
-    --steps $((1700 * SCALE)) --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 $WEIGHT $COMMON
+    --steps $((1450 * SCALE)) --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 $WEIGHT $COMMON
 stage MFT "$PYTHON" train_meanflow.py --latents "$LATENTS" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
-    --steps $((100 * SCALE)) --batch-size 64 --lr 3e-5 --lr-final 5e-6 --ema 0.98 $WEIGHT $COMMON
+    --steps $((80 * SCALE)) --batch-size 64 --lr 3e-5 --lr-final 5e-6 --ema 0.98 $WEIGHT $COMMON
 
 samples() {   # NAME NETWORK NFE
     stage "sample $1" "$PYTHON" sample.py "$RUN/$2" --decoder "$RUN/decoder" --nfe "$3" --num-samples 5000 --batch-size 500 \

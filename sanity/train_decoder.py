@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--latents", default="data/digits-latents", help="their latents (default %(default)s)")
     add("--out", default="runs/sanity/decoder", help="folder for the network (default %(default)s)")
     add("--preset", choices=DECODER_PRESETS, default="ViT-mini", help="size of the network (default %(default)s)")
-    add("--steps", type=int, default=1500, help="of the optimizer (default %(default)s)")
+    add("--steps", type=int, default=1300, help="of the optimizer (default %(default)s)")
     add("--batch-size", type=int, default=32, help="images (default %(default)s: on a CPU many small steps learn most)")
     add("--lr", type=float, default=3e-3, help="of AdamW at its highest; cosine to a tenth (default %(default)s)")
     add("--noise", type=float, default=0.8, metavar="TAU", help="largest noise on the latents, in units of their "
