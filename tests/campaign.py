@@ -21,8 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from model import digest_of  # noqa: E402
+
 ENCODER = "random:width=32,depth=1,heads=2,patch=8,seed=0"
 SMALL = "--batch-size 16 --save-every 4 --log-every 4 --keep 2"
 STAGES = {   # name: (script, arguments; {home} holds what the stages before made, {out} is written, what must be the same in the end)
@@ -63,9 +67,10 @@ def prepare(home):
 
 
 def files(folder, pattern):
-    """{name: sha256} of the files that must be the same; those that hold times, dates and commands (*.json) aside."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))
-            if path.suffix not in (".json", ".jsonl")}
+    """{name: sha256} of the files that must be the same: all but *.json, which hold dates and commands; of .safetensors the tensors, as
+    the header of a state holds the seconds of training."""
+    return {path.name: digest_of(load_file(path)) if path.suffix == ".safetensors" else hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.glob(pattern)) if path.suffix not in (".json", ".jsonl")}
 
 
 def kill(home, kills, rng):

@@ -173,6 +173,24 @@ def test_a_turned_bit_is_noticed(teacher, tmp_path):
         (tmp_path / "net" / name).write_bytes(content)
 
 
+def test_a_changed_description_is_noticed(teacher, tmp_path):
+    """JSON files and the headers of tensor files have digests too; a JSON file without one, another's, is taken as it is."""
+    stats = torch.zeros(8, 4, 4), torch.ones(8, 4, 4)
+    model.save_network(tmp_path, teacher.state_dict(), {"kind": "teacher", "network": TINY, "time_shift": 4.0}, stats)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("4.0", "5.0"))
+    with pytest.raises(model.InputError, match="config.json has changed since it was written"):
+        model.load_network(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(text), "sha256": None}))
+    model.load_network(tmp_path)
+    path = tmp_path / "state.safetensors"
+    model.write_tensors(path, {"x": torch.ones(3)}, {"step": "31"})
+    assert model.read_tensors(path)[1]["step"] == "31"
+    path.write_bytes(path.read_bytes().replace(b'"31"', b'"37"'))
+    with pytest.raises(model.InputError, match="is damaged"):
+        model.read_tensors(path)
+
+
 # ---- the AutoencoderRAE layout -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import encode_latents
 from model import InputError, load_decoder, read_json, read_tensors, write_json
-from sanity import digits, report, train_decoder
+from sanity import digits, plot_logs, report, train_decoder
 
 NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
 
@@ -210,3 +210,20 @@ def test_judge():
                              (dict(CMT_1=dict(encoder=2.1)), 1), (dict(CMT_1=dict(encoder=10.0)), 1),
                              (dict(CMT_1=dict(count=4999)), 1), (dict(MFD_1=dict(encoder=math.nan)), 3)):
         assert holds(**changes).count(False) == failing, changes
+
+
+# ---- logs ------------------------------------------------------------------------------------------------------------
+def test_plot_logs(tmp_path):
+    """Two logs, one with a line that a crash has cut, in one picture; a folder without a log is named."""
+    pytest.importorskip("matplotlib")
+    for run, lines in (("a", 3), ("b", 5)):
+        (tmp_path / run).mkdir()
+        text = "".join(json.dumps({"step": i, "loss": 1 / (i + 1), "lr": 1e-3}) + "\n" for i in range(lines))
+        (tmp_path / run / "log.jsonl").write_text(text + '{"step": 9, "lo')
+    assert [len(plot_logs.read_log(tmp_path / run)) for run in "ab"] == [3, 5]
+    plot_logs.main([f"{tmp_path}/a", f"{tmp_path}/b", "--out", f"{tmp_path}/logs.png"])
+    assert Image.open(tmp_path / "logs.png").width > 500
+    for argv, message in (([f"{tmp_path}"], "no log in"), ([f"{tmp_path}/a", "--keys", "fid"], "none of fid")):
+        with pytest.raises(InputError, match=message):
+            plot_logs.main([*argv, "--out", f"{tmp_path}/other.png"])
+    assert not (tmp_path / "other.png").exists()
