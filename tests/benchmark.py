@@ -178,9 +178,10 @@ def seconds_of(function, device):
 def rounds(functions, repeats, device):
     """{name: function} -> {name: [seconds in each round]}, after one round that does not count."""
     seconds = {name: [] for name in functions}
-    for _ in range(repeats + 1):
+    for k in range(repeats + 1):
         for name, function in functions.items():
             seconds[name].append(seconds_of(function, device))
+            print(f"round {k} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
     return {name: x[1:] for name, x in seconds.items()}
 
 
@@ -238,7 +239,7 @@ def steps(args, device):
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
 
-    def step(net, loss):
+    def step(net, loss, parts=parts):
         def run():
             for rows in parts:
                 with autocast():
@@ -290,7 +291,9 @@ def steps(args, device):
         "CMT, trajectories": trajectories,
         "MFD, finite differences": meanflow(1, "fd"), "MFD, exact": meanflow(1, "jvp"),
         "MFT, finite differences": meanflow(0, "fd"), "MFT, exact": meanflow(0, "jvp"),
-        "MFD (i), as published": step(h, lambda *x: meanflow_as_published(student, v, *x)),
+        # a quarter of the rows at a time, three evaluations of each in a batch: as many rows as the other steps have, or it would not fit
+        "MFD (i), as published": step(h, lambda *x: meanflow_as_published(student, v, *x),
+                                      [slice(i, i + max(1, micro // 4)) for i in range(0, b, max(1, micro // 4))]),
         "MFD (ii), derivative of all rows": step(h, lambda *x: meanflow_all_rows(student, v, *x)),
         "clip, AdamW": optimize, "average": lambda: torch._foreach_lerp_(average, weights, 1e-4)}
     seconds = rounds(functions, args.repeats, device)

@@ -130,13 +130,18 @@ def test_stopped_and_resumed_is_bit_identical(home, tmp_path, stage):
     assert [line["loss"] for line in log(tmp_path / "parts")] == [line["loss"] for line in log(tmp_path / "whole")]
 
 
-def test_two_processes_go_on_as_one(home, tmp_path):
+def test_two_processes_go_on_as_one_and_back(home, tmp_path):
+    """Step 2 with two processes, 4 with one and micro-batches, 6 with two again: the undisturbed run of one, to 1e-5."""
     train(home, "meanflow", tmp_path / "whole")
-    train_on(2, home, "meanflow", tmp_path / "parts", "--steps", "6", "--save-every", "2")
-    for path in (tmp_path / "parts").glob("state_0000000[46]*"):
+    parts = tmp_path / "parts"
+    train_on(2, home, "meanflow", parts, "--save-every", "2")
+    for path in [*parts.glob("state_0000000[46]*")]:
         path.unlink()
-    train(home, "meanflow", tmp_path / "parts", "--resume", "--micro-batch", "8")
-    assert close(weights(tmp_path / "whole"), weights(tmp_path / "parts"), 1e-5)
+    train(home, "meanflow", parts, "--save-every", "2", "--resume", "--micro-batch", "8")
+    (parts / "state_00000006.safetensors").unlink()
+    train_on(2, home, "meanflow", parts, "--save-every", "2", "--resume")
+    assert [line["step"] for line in log(parts)] == [1, 2, 3, 4, 5, 6]
+    assert close(weights(tmp_path / "whole"), weights(parts), 1e-5)
 
 
 def test_the_student_starts_as_the_teacher(home, capsys):
