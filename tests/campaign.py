@@ -44,12 +44,13 @@ def command(script, home, out, *more):
     return [sys.executable, str(ROOT / script), *STAGES[script][0].format(home=home, out=out).split(), *more]
 
 
-def run(*argv, **options):
-    """-> (exit status, the last line of what it said)"""
-    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, **options)
+def run(*argv, cwd=ROOT):
+    """-> (exit status, the last line of what it said, all lines)"""
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=cwd)
     if "Traceback" in result.stderr:
         sys.exit(f"a traceback from {' '.join(map(str, argv))}:\n{result.stderr}")
-    return result.returncode, (result.stderr if result.returncode else result.stdout).strip().splitlines()[-1][:240]
+    lines = ["", *result.stdout.splitlines(), *result.stderr.splitlines()]
+    return result.returncode, lines[-1][:240], lines
 
 
 def prepare(home):
@@ -61,7 +62,7 @@ def prepare(home):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(home / "images" / label / f"{i:03d}.png")
     for name, script in (("latents", "encode_latents.py"), ("teacher", "train_teacher.py"), ("cmt", "train_cmt.py")):
         assert run(*command(script, home, home / name))[0] == 0
-    code, said = run(sys.executable, "sanity/train_decoder.py", "--data-path", home / "images", "--latents", home / "latents", "--out",
+    code, said, _ = run(sys.executable, "sanity/train_decoder.py", "--data-path", home / "images", "--latents", home / "latents", "--out",
                      home / "decoder", "--steps", "4", "--batch-size", "16")
     assert code == 0, said
 
@@ -93,7 +94,7 @@ def kill(home, kills, rng):
                 process.wait()
                 killed += 1
                 writing += any(wild.rglob("*.tmp"))
-        code, said = run(*command(script, home, wild))
+        code, said, _ = run(*command(script, home, wild))
         same = code == 0 and files(calm, pattern) == files(wild, pattern)
         print(f"| `{script}` | {seconds:.0f} | {killed} times | {writing} writing a file | {len(files(calm, pattern))} | "
               f"{'yes' if same else 'NO: ' + said} |", flush=True)
@@ -102,18 +103,18 @@ def kill(home, kills, rng):
 
 
 def damage(home, rng):
-    """For each kind of file: (what is called afterwards, the file, what it should do)."""
-    assert run(*command("train_meanflow.py", home, home / "mfd"))[0] == 0
-    sample = [sys.executable, "sample.py", "{0}/teacher", "--decoder", "{0}/decoder", "--num-samples", "4", "--nfe", "2", "--out",
-              "{0}/s.npz"]
-    assert run(*(part.format(home) for part in sample))[0] == 0
-    verify = [sys.executable, "encode_latents.py", "--out", "{0}/latents", "--verify"]
-    resume = command("train_meanflow.py", "{0}", "{0}/mfd", "--steps", "124")
-    score = [sys.executable, "eval_fid.py", "{0}/s.npz", "--reference", "{0}/s.npz", "--features", f"encoder:{ENCODER}", "--pr-images", "0"]
-    newest = max(path.name for path in (home / "mfd").glob("state_*"))
+    """For each kind of file: what the next command that reads it does when a bit has turned, or the end is cut."""
+    sample = [sys.executable, str(ROOT / "sample.py"), "teacher", "--decoder", "decoder", "--num-samples", "4", "--nfe", "2", "--out", "s.npz"]
+    verify = [sys.executable, str(ROOT / "encode_latents.py"), "--out", "latents", "--verify"]
+    resume = command("train_meanflow.py", ".", "mfd")
+    score = [sys.executable, str(ROOT / "eval_fid.py"), "s.npz", "--reference", "s.npz", "--features", f"encoder:{ENCODER}",
+             "--pr-images", "0"]
+    for first in (sample, resume):
+        assert run(*first, cwd=home)[0] == 0
+    state = max(path.name for path in (home / "mfd").glob("state_*"))
     cases = [("latents/shard_00001.safetensors", verify), ("latents/latent_stats.safetensors", verify), ("latents/latents.json", verify),
              ("teacher/config.json", sample), ("teacher/model.safetensors", sample), ("teacher/latent_stats.safetensors", sample),
-             ("decoder/model.safetensors", sample), ("decoder/config.json", sample), (f"mfd/{newest}", resume), ("mfd/run.json", resume),
+             ("decoder/model.safetensors", sample), ("decoder/config.json", sample), (f"mfd/{state}", resume), ("mfd/run.json", resume),
              ("mfd/log.jsonl", resume), ("s.npz", score), ("s.json", sample)]
     print("| file | a bit turned: 10 places | cut in 3 places | it says |\n|---|---|---|---|", flush=True)
     for name, after in cases:
@@ -126,10 +127,12 @@ def damage(home, rng):
             shutil.copytree(home, copy, ignore=shutil.ignore_patterns("copy", "images"), copy_function=os.link)
             (copy / name).unlink()
             (copy / name).write_bytes(bad)
-            code, line = run(*(str(part).format(copy) for part in after))
-            named = Path(name).name in line or (newest in name and code == 0)
-            seen[kind].append(named)
-            said = line.replace(str(copy), "...") if named or not said else said
+            if "teacher/" in name or "decoder/" in name:
+                (copy / "s.npz").unlink()                           # so that it is made again
+            code, line, heard = run(*after, cwd=copy)
+            named = [part for part in heard if Path(name).name in part and ("damage" in part or "cannot read" in part or "changed" in part)]
+            seen[kind].append(bool(named))
+            said = f"{named[0][:200]} (status {code})" if named else said or f"nothing (status {code})"
             shutil.rmtree(copy)
         print(f"| `{name}` | {sum(seen['turned'])} noticed | {sum(seen['cut'])} noticed | {said} |", flush=True)
 
@@ -146,10 +149,10 @@ def disk(home):
             sys.exit("a small disk needs root on Linux (mount -t tmpfs)")
         try:
             out = small / "out"
-            code, said = run(*command(script, home, out))
+            code, said, _ = run(*command(script, home, out))
             half = [path.name for path in small.rglob("*.tmp")]
             subprocess.run(["mount", "-o", f"remount,size={size * 10}m", small], check=True)
-            after, _ = run(*command(script, home, out))
+            after, *_ = run(*command(script, home, out))
             same = after == 0 and files(calm, pattern) == files(out, pattern)
             print(f"| `{script}` | {size} MB | {said.replace(str(home), '...')} | {code} | status {after} | "
                   f"{'yes' if same and not half else f'NO {half}'} |", flush=True)
