@@ -104,7 +104,8 @@ def kill(home, kills, rng):
 
 def damage(home, rng):
     """For each kind of file: what the next command that reads it does when a bit has turned, or the end is cut."""
-    sample = [sys.executable, str(ROOT / "sample.py"), "teacher", "--decoder", "decoder", "--num-samples", "4", "--nfe", "2", "--out", "s.npz"]
+    sample = [sys.executable, str(ROOT / "sample.py"), "teacher", "--decoder", "decoder", "--num-samples", "4", "--nfe", "2",
+              "--out", "s.npz"]
     verify = [sys.executable, str(ROOT / "encode_latents.py"), "--out", "latents", "--verify"]
     resume = command("train_meanflow.py", ".", "mfd")
     score = [sys.executable, str(ROOT / "eval_fid.py"), "s.npz", "--reference", "s.npz", "--features", f"encoder:{ENCODER}",
