@@ -418,7 +418,7 @@ def write_atomically(path, write):
         os.close(folder)
     except Exception as error:
         beside.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             hint = "make space, then go on as after an interruption" if full else "look at the folder and its free space"
             raise InputError(f"cannot write {path} ({error}): {hint}") from error

@@ -118,7 +118,7 @@ class Run:
                 raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
         if self.rank == 0 and not args.synthetic:
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
-            log = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            log = (self.out / "log.jsonl").read_text(errors="replace").splitlines() if (self.out / "log.jsonl").exists() else []
             found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
             log = [line for line, step in found if step and int(step[1]) <= self.step and line.endswith("}")]     # no step twice
             write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))

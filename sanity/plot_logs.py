@@ -18,7 +18,7 @@ def read_log(run):
     if not path.exists():
         raise InputError(f"no log in {run}: give folders that a training stage has written")
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
