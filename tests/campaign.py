@@ -131,7 +131,8 @@ def damage(home, rng):
             if "teacher/" in name or "decoder/" in name:
                 (copy / "s.npz").unlink()                           # so that it is made again
             code, line, heard = run(*after, cwd=copy)
-            named = [part for part in heard if Path(name).name in part and any(word in part for word in ("damage", "cannot read", "not a readable", "changed"))]
+            named = [part for part in heard if Path(name).name in part
+                     and any(word in part for word in ("damage", "cannot read", "not a readable", "changed"))]
             seen[kind].append(bool(named))
             said = f"{named[0][:200]} (status {code})" if named else said or f"nothing (status {code})"
             shutil.rmtree(copy)
