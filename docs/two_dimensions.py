@@ -1,6 +1,6 @@
 """The whole method in two dimensions: teacher, CMT, MFD and MFT on a spiral of two classes, with the stages' own loss functions.
 
-    python docs/two_dimensions.py [picture.png]            # half a minute on a CPU
+    python docs/two_dimensions.py [picture.png]            # under a minute on one CPU core
 
 Networks are small MLPs, data points are (B, 2, 1, 1) "latents". Prints the energy distance of each stage's samples to the data and
 draws the samples: one panel for each stage, the number behind its name is that of network evaluations.
@@ -112,17 +112,17 @@ def main(out):
             show(f"{name} {nfe}", long_jumps(lambda z, t, s: h(z, t, s, labels), noise, [1 - i / nfe for i in range(nfe + 1)]))
 
     show("data", floor)
-    train(teacher, 3000, 2e-3, flow_matching)
+    train(teacher, 2000, 2e-3, flow_matching)
     for steps in (50, 1):
         with torch.no_grad():
             show(f"teacher {steps}", solve_ode(lambda z, t: teacher(z, t, labels), noise, ode_times(steps, 1.0))[-1])
     student.load_state_dict(teacher.state_dict())
-    train(student, 500, 1e-3, cmt)
+    train(student, 400, 1e-3, cmt)
     jumps("CMT", 1)
-    train(student, 3500, 1e-3, lambda: meanflow(1))
+    train(student, 2500, 1e-3, lambda: meanflow(1))
     jumps("MFD", 1)
     jumps("MFD", 2)
-    train(student, 300, 1e-4, lambda: meanflow(0))
+    train(student, 200, 1e-4, lambda: meanflow(0))
     jumps("MFT", 1)
 
     cell, picture = 220, Image.new("L", (220 * len(panels), 250), 255)
