@@ -77,12 +77,18 @@ def sample_all(part, settings, batches, make, shape, rank, world):
     batches: the ranges of image numbers; make: range -> (uint8 (B, H, W, 3), labels (B,)); shape: (N, H, W, 3)."""
     arrays = {"arr_0": (numpy.uint8, shape), "arr_1": (numpy.int64, shape[:1]), "done": (numpy.bool_, (len(batches),))}
     if rank == 0 and not (part / "settings.json").exists():
-        need, free = numpy.prod(shape), shutil.disk_usage(part.parent if part.parent.exists() else ".").free
+        need, free = numpy.prod(shape), shutil.disk_usage(next(p for p in part.absolute().parents if p.exists())).free
         if 2 * need > free:
             raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
-        part.mkdir(parents=True, exist_ok=True)
-        for name, (dtype, size) in arrays.items():
-            numpy.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, size).flush()
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            for name, (dtype, size) in arrays.items():
+                numpy.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, size).flush()
+                if hasattr(os, "posix_fallocate"):                                # not on macOS
+                    with open(part / f"{name}.npy", "rb+") as file:               # its whole space now: a map of a file with holes
+                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)     # ends in SIGBUS on a full disk
+        except OSError as error:
+            raise InputError(f"cannot write {part} ({error}): make space, then repeat the command") from error
         write_json(part / "settings.json", settings)                              # last: the folder is whole
     if world > 1:
         dist.barrier()
@@ -108,8 +114,9 @@ def bundle(part, out):
     """The array files as an uncompressed .npz, then away with them."""
     def write(path):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-            for name in ("arr_0.npy", "arr_1.npy"):
-                file.write(part / name, name)
+            for name in ("arr_0.npy", "arr_1.npy"):              # without dates: the same samples are the same file
+                with open(part / name, "rb") as array, file.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
+                    shutil.copyfileobj(array, entry, 1 << 24)
     write_atomically(out, write)
     shutil.rmtree(part)
 

@@ -356,6 +356,7 @@ def test_sampling_from_what_was_trained(home, tmp_path):
             sample.to_uint8 = original
     assert not (tmp_path / "c.npz").exists() and (tmp_path / "c.part").exists()
     assert numpy.array_equal(run("c", "--batch-size", "8")[0], images) and not (tmp_path / "c.part").exists()
+    assert (tmp_path / "c.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
     assert run("teacher", "--nfe", "4", "--solver", "heun")[0].shape == images.shape
     with pytest.raises(model.InputError, match="other settings"):
         run("a", "--seed", "7")
