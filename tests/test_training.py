@@ -274,7 +274,7 @@ def test_mistakes(home, tmp_path):
 def test_networks_that_do_not_fit(home, tmp_path):
     """Latents and student of different shapes, classes or statistics."""
     def fails(words, **changes):
-        state, config = weights(home / "cmt"), json.loads((home / "cmt" / "config.json").read_text())
+        state, config = weights(home / "cmt"), model.read_json(home / "cmt" / "config.json")
         stats = tuple(weights(home / "cmt", "latent_stats.safetensors")[k] for k in ("mean", "var"))
         sizes = {**config["network"], **changes.get("network", {})}
         model.save_network(tmp_path / "other", model.DiTDH(**sizes).state_dict() if "network" in changes else state,
