@@ -1,0 +1,56 @@
+"""A stage as the published code has it where ours departs from it and has no flag: for the ablations alone.
+
+    python docs/experiments/published.py labels,embedding train_meanflow.py ...      the stage's own flags follow
+    python docs/experiments/published.py times train_cmt.py ...
+
+labels     the student drops labels once more, in one row in ten and anew in each of its evaluations, so that the ends of a finite
+           difference can see different labels
+embedding  the new embedding of t - s starts with torch's random weights, so that the student does not start as its teacher
+times      CMT calls the points of a trajectory by evenly spaced times, though the solver went along the shifted grid
+"""
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from model import DiTDH, command  # noqa: E402
+
+
+def drop_labels():
+    forward = DiTDH.forward
+
+    def dropping(self, z, t, y, s=None):
+        if s is not None:
+            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.num_classes, y)
+        return forward(self, z, t, y, s)
+    DiTDH.forward = dropping
+
+
+def random_embedding():
+    init = DiTDH.__init__
+
+    def randomizing(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.r_embedder is not None:
+            self.r_embedder.mlp[2].reset_parameters()
+    DiTDH.__init__ = randomizing
+
+
+def even_times(pool):
+    init = pool.__init__
+
+    def relabelling(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.times = torch.linspace(1, 0, len(self.times), device=self.times.device)
+    pool.__init__ = relabelling
+
+
+if __name__ == "__main__":
+    ingredients, script = sys.argv[1].split(","), Path(sys.argv[2])
+    stage = importlib.import_module(script.stem)
+    for name in ingredients:
+        {"labels": drop_labels, "embedding": random_embedding, "times": lambda: even_times(stage.TrajectoryPool)}[name]()
+    sys.argv = sys.argv[2:]
+    command(stage.main)

@@ -1,0 +1,217 @@
+"""The ablations: trains, samples and measures the arms of an experiment, and prints its table in Markdown.
+
+    for seed in 0 1 2; do SEED=$seed ./sanity/run.sh; done             # where the arms start: latents, decoder, teacher, CMT student
+    python docs/experiments/run.py b --seeds 0 1 2                     # -> runs/experiments/b; a second call goes on or prints again
+    python docs/experiments/run.py b --list                            # the commands alone
+
+An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time; then 5,000 samples for each number of
+evaluations, then sanity/report.py over all arms of a seed. The settings are the sanity run's but for what the arm says.
+"""
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from model import InputError, command  # noqa: E402
+
+COMMON = "--seed {seed} --log-every 50 --save-every 500 --keep 1 --resume"
+ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
+TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 "
+           "--latents {run}/latents " + COMMON)
+CMT = "train_cmt.py --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 " + COMMON
+MFD = ("train_meanflow.py --steps 1450 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 --derivative fd "
+       "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --latents {run}/latents " + COMMON)      # a later flag overrules an earlier one
+MFT = MFD + " --eta 0"
+PUBLISHED_WEIGHT = "--loss-form published --loss-power 1 --loss-eps 1e-3"
+
+
+def with_published(ingredients, stage):
+    return f"docs/experiments/published.py {ingredients} {stage}" if ingredients else stage
+
+
+def distill(more="", teacher="{run}/teacher", init="{run}/cmt", stage=MFD, ingredients=""):
+    return [with_published(ingredients, f"{stage} --teacher {teacher} --init {init} --out {{out}} {more}")]
+
+
+def teacher_and_cmt(steps, folder):
+    """A teacher of so many steps and its CMT student, in `folder`/teacher and `folder`/cmt."""
+    return [f"{TEACHER} --steps {steps} --out {folder}/teacher", f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt"]
+
+
+def explosion(run="{run}"):
+    """a: with and without CMT; then each ingredient of the published code alone and together."""
+    starts = {"random weights": "{exp}/random", "teacher's weights": f"{run}/teacher", "CMT": f"{run}/cmt"}
+    recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "weight": ("", PUBLISHED_WEIGHT),
+               "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central")}
+    return {f"{start}, {recipe}": distill(more, init=init, ingredients=ingredients)
+            for start, init in starts.items() for recipe, (ingredients, more) in recipes.items()
+            if start == "teacher's weights" or recipe in ("ours", "weight", "all")}
+
+
+def at_dimension(encoder):
+    """a, at another latent dimension: everything from the latents on anew, in {exp}/base."""
+    first = [f"{ENCODE} --out {{run}}/latents --encoder random:{encoder},seed=0",
+             "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed} --resume",
+             *teacher_and_cmt(2600, "{run}")]
+    arms = {name: chain for name, chain in explosion().items() if not name.startswith("random")}
+    return dict(run="{exp}/base", first=first, arms=arms)
+
+
+WEIGHTS = {"p = 0": "--loss-power 0", "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-eps 1e-3", "p = 1, c = 0.1": "--loss-power 1",
+           "p = 1, c = 1e-2": "--loss-power 1 --loss-eps 1e-2", "published": PUBLISHED_WEIGHT}
+TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
+SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
+EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
+    "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], arms=explosion()),
+    "a-768": at_dimension("width=48,depth=2,heads=4,patch=8"),
+    "a-12288": at_dimension("width=768,depth=2,heads=12,patch=8"),
+    "a-49152": at_dimension("width=3072,depth=1,heads=48,patch=8"),
+    "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
+                    for weight, flags in WEIGHTS.items()}),
+    "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
+                                             f"--teacher-steps {n}"] for solver, n in SOLVERS}
+              | {"euler, 16 steps, even times": [with_published("times", f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}}")]},
+              nfe=(1, 2, 4)),
+    "d": dict(arms={"exact": distill("--derivative jvp")}
+              | {f"D = {d}": distill(f"--delta-t {d}") for d in ("1e-4", "1e-3", "5e-3", "1e-2")}, nfe=(1, 2)),
+    "e": dict(first=teacher_and_cmt(500, "{exp}/weak"),
+              arms={f"{kind} teacher, {name}": chain for kind, folder in (("good", "{run}"), ("weak", "{exp}/weak")) for name, chain in {
+                  "MFD": distill(teacher=f"{folder}/teacher", init=f"{folder}/cmt"),
+                  "eta 0.5": distill("--eta 0.5", teacher=f"{folder}/teacher", init=f"{folder}/cmt"),
+                  "eta 1 to 0": distill("--eta 1 0", teacher=f"{folder}/teacher", init=f"{folder}/cmt"),
+                  "MFT": distill(stage=MFT, teacher=f"{folder}/teacher", init=f"{folder}/cmt"),
+                  "MFD then MFT": [f"{MFD} --steps 1000 --teacher {folder}/teacher --init {folder}/cmt --out {{out}}-first",
+                                   f"{MFT} --steps 450 --lr 1e-4 --init {{out}}-first --out {{out}}"]}.items()}, nfe=(1, 2)),
+    "f": dict(first=[line for n in TEACHERS for line in teacher_and_cmt(n, f"{{exp}}/{n}")],
+              arms={f"student, {n} steps": distill(teacher=f"{{exp}}/{n}/teacher", init=f"{{exp}}/{n}/cmt") for n in TEACHERS},
+              also={f"teacher, {n} steps": (f"{{exp}}/{n}/teacher", "--nfe 50") for n in TEACHERS}),
+    "g": dict(arms={f"w = {w}": [f"{CMT} --steps 250 --guidance {w} --teacher {{run}}/teacher --out {{out}}-cmt",
+                                 *distill(f"--guidance {w}", init="{out}-cmt")] for w in (1, 1.5, 2, 3)},
+              also={f"teacher, w = {w}": ("{run}/teacher", f"--nfe 50 --guidance {w}") for w in (1, 1.5, 2, 3)}),
+    "h": dict(arms={}, also={f"teacher, {solver}, NFE {n}": ("{run}/teacher", f"--nfe {n} --solver {solver}")
+                             for solver in ("euler", "heun") for n in (2, 4, 8, 16, 32, 50, 100)}
+              | {f"{name.upper()}, NFE {n}": (f"{{run}}/{name}", f"--nfe {n}") for name in ("cmt", "mfd", "mft") for n in (1, 2, 4)}),
+}
+
+
+def slug(name):
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
+def plan(letter, seed):
+    """-> folder, commands to run first, {arm: (commands, network)}, {sample's name: (command, file, nfe)}, the report's command"""
+    experiment, exp = EXPERIMENTS[letter], f"runs/experiments/{letter}/{seed}"
+    run = experiment.get("run", "runs/sanity" + (f"-{seed}" if seed else "")).format(exp=exp)
+
+    def fill(text, out=""):
+        return text.replace("{run}", run).replace("{exp}", exp).replace("{out}", out).replace("{seed}", str(seed))
+
+    arms = {name: [fill(line, f"{exp}/{slug(name)}") for line in chain] for name, chain in experiment["arms"].items()}
+    wanted = {f"{name}, {n} step{'s' * (n > 1)}" if len(experiment.get("nfe", (1,))) > 1 else name: (f"{exp}/{slug(name)}", f"--nfe {n}")
+              for name in arms for n in experiment.get("nfe", (1,))}
+    wanted |= {name: (fill(network), flags) for name, (network, flags) in experiment.get("also", {}).items()}
+    samples = {name: (f"sample.py {network} --decoder {run}/decoder {flags} --num-samples 5000 --batch-size 250 --seed {seed} --out "
+                      f"{exp}/samples/{slug(name)}.npz", f"{name}={exp}/samples/{slug(name)}.npz:{flags.split()[1]}")
+               for name, (network, flags) in wanted.items()}
+    report = (f"sanity/report.py --run {exp} --data data/digits --latents {run}/latents --decoder {run}/decoder --seed {seed} --samples ")
+    return exp, [fill(line) for line in experiment.get("first", [])], arms, samples, report
+
+
+def call(line, log, threads):
+    """Run a command, its output at the end of a file: its exit status. Run before, it goes on or does nothing."""
+    with open(log, "a") as file:
+        file.write(f"$ python {line}\n")
+        file.flush()
+        return subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+
+
+def do(letter, seed, pool, threads):
+    """Every command of a seed, as far as it has not been done. An arm that fails, such as by exploding, is left out and says so."""
+    exp, first, arms, samples, report = plan(letter, seed)
+    Path(ROOT / exp).mkdir(parents=True, exist_ok=True)
+
+    def chain(name, lines):
+        log = ROOT / exp / f"{slug(name)}.txt"
+        for line in lines:
+            done = line.startswith("encode") and (ROOT / line.split(" --out ")[1].split()[0] / "latents.json").exists()
+            if not done and call(line, log, threads):
+                print(f"{letter}, seed {seed}: {name} FAILED, see {log}", flush=True)
+                return False
+        print(f"{letter}, seed {seed}: {name}", flush=True)
+        return True
+
+    if not chain("first", first):
+        raise InputError(f"experiment {letter}, seed {seed} cannot begin")
+    ended = dict(zip(arms, pool.map(chain, arms, arms.values()), strict=True))
+    lost = {f"{exp}/{slug(name)}" for name in arms if not ended[name]}
+    whole = {name: sample for name, sample in samples.items() if sample[0].split()[1] not in lost}
+    report += " ".join(shlex.quote(column) for _, column in whole.values())
+    if not all(pool.map(chain, whole, ([line] for line, _ in whole.values()))) or not chain("report", [report]):
+        raise InputError(f"experiment {letter}, seed {seed}: its samples could not be measured")
+
+
+def table(letter, seeds):
+    """Markdown: means over seeds, with the standard deviation over seeds where there are several."""
+    rows, logs = {}, {}
+    for seed in seeds:
+        exp, _, arms, samples, _ = plan(letter, seed)
+        measured = json.loads((ROOT / exp / "report.json").read_text())["rows"]
+        for name, (line, _) in samples.items():
+            log = ROOT / line.split()[1] / "log.jsonl"
+            lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+            if lines and log.is_relative_to(ROOT / exp):
+                late = [x["mse"] for x in lines[-max(1, len(lines) // 5):]]
+                logs.setdefault(name, []).append(dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late),
+                                                      seconds=lines[-1]["seconds"] / lines[-1]["step"], steps=lines[-1]["step"]))
+            rows.setdefault(name, []).extend([measured[name]] if name in measured else [])
+
+    def cell(values, form=".3g"):
+        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        return format(statistics.mean(values), form) + spread
+
+    out = ["| | NFE | Frechet distance, encoder | Frechet distance, classifier | class accuracy | steps | largest gradient norm | "
+           "mse, last fifth | ms a step |", "|---|---|---|---|---|---|---|---|---|"]
+    for name, found in rows.items():
+        cells = ["", "not finite", "", ""]
+        if found:
+            cells = [str(found[0]["nfe"]), cell([x["encoder"] for x in found]), cell([x["classifier"] for x in found]),
+                     cell([x["accuracy"] for x in found], ".4f")]
+            cells[1] += f" ({len(seeds) - len(found)} of {len(seeds)} runs not finite)" if len(found) < len(seeds) else ""
+        if name in logs:
+            cells += [str(logs[name][0]["steps"]), cell([x["norm"] for x in logs[name]]), cell([x["mse"] for x in logs[name]]),
+                      cell([1000 * x["seconds"] for x in logs[name]], ".0f")]
+        out.append(f"| {name} | " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+    return "\n".join(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="arms at a time (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of a job (default %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args = parser.parse_args()
+    for seed in args.seeds:
+        if args.list:
+            _, first, arms, samples, report = plan(args.experiment, seed)
+            report += " ".join(shlex.quote(column) for _, column in samples.values())
+            lines = [*first, *(line for chain in arms.values() for line in chain), *(line for line, _ in samples.values()), report]
+            print("\n".join(f"python {line}" for line in lines))
+            continue
+        with ThreadPoolExecutor(args.jobs) as pool:
+            do(args.experiment, seed, pool, args.threads)
+    if not args.list:
+        print(table(args.experiment, args.seeds))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,76 @@
+"""The ablations of docs/experiments: their commands are valid, and the published code's ingredients do what they say."""
+import importlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model
+import train_cmt
+from docs.experiments import published, run
+
+SMALL = "--synthetic --preset DiTDH-mini --batch-size 4 --steps 1"
+
+
+@pytest.mark.parametrize("letter", run.EXPERIMENTS)
+def test_the_commands_are_valid(letter):
+    exp, first, arms, samples, report = run.plan(letter, 1)
+    lines = [*first, *(line for chain in arms.values() for line in chain), *(line for line, _ in samples.values())]
+    for line in [*lines, report + " ".join(shlex.quote(column) for _, column in samples.values())]:
+        assert "{" not in line
+        argv = shlex.split(line)
+        argv = argv[2:] if argv[0].endswith("published.py") else argv
+        importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")).parse_args(argv[1:])
+    outs = [line.split(" --out ")[1].split()[0] for line in lines]
+    assert len(set(outs)) == len(outs)                                            # no two write to one place
+    for name, (_, column) in samples.items():                                     # as report.py reads it
+        assert column.rpartition(":")[0].rpartition("=")[0] == name
+
+
+def test_published_ingredients(monkeypatch):
+    monkeypatch.setattr(model.DiTDH, "__init__", model.DiTDH.__init__)            # both are put back
+    monkeypatch.setattr(model.DiTDH, "forward", model.DiTDH.forward)
+    monkeypatch.setattr(train_cmt.TrajectoryPool, "__init__", train_cmt.TrajectoryPool.__init__)
+    sizes = dict(input_size=2, in_channels=4, num_classes=3, time_difference=True, **model.DIT_PRESETS["DiTDH-mini"])
+    published.random_embedding()
+    net = model.DiTDH(**sizes)
+    assert net.r_embedder.mlp[2].weight.std() > 0
+    published.drop_labels()
+    seen = []
+    net.y_embedder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for _ in range(2):
+        net(torch.zeros(2000, 4, 2, 2), torch.ones(2000), torch.ones(2000, dtype=torch.long), torch.zeros(2000))
+    dropped = [(y == 3) for y in seen]
+    assert all(0.07 < part.float().mean() < 0.13 for part in dropped) and not torch.equal(*dropped)
+    published.even_times(train_cmt.TrajectoryPool)
+    pool = train_cmt.TrajectoryPool(lambda z, y: [z] * 5, (4, 2, 2), model.ode_times(4, 3.0), range(1), 4, 0, 3, 0.1, 0, "cpu")
+    assert pool.times.tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize("ingredients, stage", [("labels,embedding", f"train_meanflow.py {SMALL}"),
+                                                ("times", f"train_cmt.py {SMALL} --pairs 4 --pool-age 4 --teacher-steps 2")])
+def test_published_runs(ingredients, stage):
+    argv = [sys.executable, "docs/experiments/published.py", ingredients, *stage.split()]
+    result = subprocess.run(argv, cwd=run.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert '"step": 1' in result.stdout
+
+
+def test_table(tmp_path, monkeypatch):
+    """Means and deviations over seeds; an arm that was lost in one of them says so."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    for seed, names in ((0, ("exact", "D = 1e-4")), (1, ("exact",))):
+        exp, _, arms, samples, _ = run.plan("d", seed)
+        row = dict(encoder=1.0 + 2 * seed, classifier=2.0, accuracy=0.5, nfe=1)
+        rows = {name: row for name in samples if name.split(",")[0] in names}
+        for name in arms:
+            folder = tmp_path / exp / run.slug(name)
+            folder.mkdir(parents=True)
+            (folder / "log.jsonl").write_text('{"step": 10, "grad_norm_max": 3.0, "mse": 0.5, "seconds": 2.0}\n')
+        (tmp_path / exp / "report.json").write_text(run.json.dumps({"rows": rows}))
+    lines = run.table("d", (0, 1)).splitlines()
+    assert lines[2] == "| exact, 1 step | 1 | 2 ± 1.4 | 2 ± 0 | 0.5000 ± 0 | 10 | 3 ± 0 | 0.5 ± 0 | 200 ± 0 |"
+    assert "1 of 2 runs not finite" in lines[4] and "| not finite |" in lines[6]
+
