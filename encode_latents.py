@@ -15,12 +15,15 @@ where it was stopped. Folder: encoding.json (what is encoded, by what), shard_*.
 skipped.txt if any were, latents.json (written last).
 """
 import argparse
+import atexit
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -44,6 +47,7 @@ from model import (
     digest_of,
     generator,
     load_stats,
+    processes,
     read_json,
     read_tensors,
     write_atomically,
@@ -292,6 +296,15 @@ def read_description(folder):
     return read_json(Path(folder) / "latents.json")
 
 
+def encoder_of(description):
+    """The Encoder that made the latents of this description; InputError where its weights are others by now."""
+    about = description["encoder"]
+    encoder = Encoder(about["id"], about["image_size"], about["encoder_size"], description["precision"])
+    if encoder.digest != about["sha256"]:
+        raise InputError(f"the encoder {about['id']} has other weights than the one that made the latents: encode again")
+    return encoder
+
+
 class Latents:
     """The latents of a folder written by this file, by memory map. Attributes: `shape` (C, H, W), `count`, `classes`,
     `num_classes`, `stats` (mean, var; float64), `labels` (N,), `description` (latents.json). InputError: none, cut."""
@@ -373,8 +386,11 @@ class RowSampler:
 
 def batches_of(dataset, sampler, workers, pin=False):
     """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes."""
+    ending = multiprocessing.Value("b", False, lock=False)
+    atexit.register(setattr, ending, "value", True)
     try:
         yield from DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
+                              worker_init_fn=functools.partial(outlive_signals, ending),
                               generator=torch.Generator())    # else it draws from the global one
     except InputError as error:                               # a worker's comes wrapped in its traceback
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("model.InputError: ")) from None
@@ -382,6 +398,16 @@ def batches_of(dataset, sampler, workers, pin=False):
 
 def as_it_is(batch):
     return batch
+
+
+def outlive_signals(ending, worker):
+    """A signal to the whole group, torchrun's way, is the training's to act on: its workers go on until that ends. Only then
+    is SIGTERM meant for them: multiprocessing sends it at exit, and waits for them."""
+    def on_signal(number, frame):
+        if ending.value:
+            os._exit(0)                                       # else the loader would complain of a lost worker
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
 
 
 class TrainingData:
@@ -409,9 +435,7 @@ class TrainingData:
         if self.dataset.classes != self.classes:
             raise InputError(f"{data_path} has other classes than {latents}, made from {description['data']['name']}: "
                              "give the images that these latents are of")
-        self.encoder = Encoder(about["id"], about["image_size"], about["encoder_size"], description["precision"])
-        if self.encoder.digest != about["sha256"]:
-            raise InputError(f"the encoder {about['id']} has other weights than that of {latents}: encode again")
+        self.encoder = encoder_of(description)
 
     def batches(self, seed, batch_size, rows, first_step, last_step, device, workers=0):
         """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`: RowSampler."""
@@ -578,13 +602,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    world, rank, local = (int(os.environ.get(k, n)) for k, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world, rank, device = processes(args.precision)
     if args.verify:
         return verify(out) if rank == 0 else None
-    cuda = torch.cuda.is_available()
-    if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError("this GPU has no bf16: --precision fp32")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     images = ImagesWithNotes(args.data_path, args.image_size)
     encoder = Encoder(args.encoder, args.image_size, args.encoder_size, args.precision).to(device)
     total = len(images) * (2 if args.flips else 1)
@@ -601,6 +621,8 @@ def main(argv=None):
         claim(out, settings, total * (math.prod(encoder.shape) * 2 + 8))
     if world > 1:
         dist.barrier()
+        if not (out / "encoding.json").exists() or read_json(out / "encoding.json") != settings:
+            raise InputError(f"process {rank} does not see what process 0 wrote to {out}: it must lie on a disk that all nodes share")
     shards = {k: range(k * args.shard_size, min((k + 1) * args.shard_size, total)) for k in range(rank, count, world)
               if not is_whole(shard_path(out, k))}
     share, done, start = sum(map(len, shards.values())), 0, time.monotonic()

@@ -48,10 +48,12 @@ class InputError(Exception):
 
 
 def command(main):
-    """Run a script's `main`; an InputError becomes one line on stderr and exit status 2."""
+    """Run a script's `main`; an InputError, or a GPU's memory running out, becomes one line on stderr and exit status 2."""
     try:
         main()
-    except InputError as error:
+    except (InputError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"{str(error).splitlines()[0]} Smaller --micro-batch (sample.py: --batch-size), or --checkpoint-activations"
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)     # not sys.exit: another process of the group may never come to the barrier that a clean exit waits at
@@ -63,10 +65,26 @@ def provenance():
     import shlex
     import subprocess
     from datetime import datetime, timezone
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:                               # no git here
+        commit = ""
     return {"command": shlex.join(sys.argv), "python": platform.python_version(), "torch": torch.__version__, "commit": commit or None,
             "host": platform.node(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
             "processes": int(os.environ.get("WORLD_SIZE", 1)), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def processes(precision="fp32"):
+    """(world size, rank, device) of this process, by torchrun's environment. InputError: more processes than GPUs, a GPU without bf16."""
+    world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if not torch.cuda.is_available():
+        return world, rank, torch.device("cpu")
+    if local >= torch.cuda.device_count():
+        raise InputError(f"process {local} of this machine has no GPU of its own: torchrun --nproc_per_node={torch.cuda.device_count()}")
+    torch.cuda.set_device(local)
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("this GPU has no bf16: --precision fp32")
+    return world, rank, torch.device("cuda", local)
 
 
 def generator(device, *key):
@@ -74,6 +92,12 @@ def generator(device, *key):
     neighbouring steps, give unrelated streams."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def generators(device, rows, *key):
+    """One for each block of four rows from start to stop of a global batch, which draws for these four: the same numbers however
+    the batch is split over processes and micro-batches, as long as these hold multiples of four rows."""
+    return [generator(device, *key, block) for block in range(rows[0] // 4, rows[1] // 4)]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -463,7 +487,7 @@ def write_tensors(path, tensors, metadata=None):
     return digest
 
 
-def read_tensors(path, device="cpu", verify=True):
+def read_tensors(path, device="cpu"):
     """-> (tensors, metadata). InputError where the file is missing, cut, or not what its own digest says; files of others, which
     have no digest, are taken as they are."""
     from safetensors import SafetensorError, safe_open
@@ -474,7 +498,7 @@ def read_tensors(path, device="cpu", verify=True):
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path} ({error}): it is missing, cut short or no safetensors file") from error
     others = {name: value for name, value in metadata.items() if name != "sha256"}
-    if verify and "sha256" in metadata and digest_of(tensors, others) != metadata["sha256"]:
+    if "sha256" in metadata and digest_of(tensors, others) != metadata["sha256"]:
         raise InputError(f"{path} is damaged: its contents are not those that were written; restore or remake it")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 
@@ -511,15 +535,20 @@ def find(source):
         raise InputError(f"{source} is neither here nor could it be had from the Hub ({reason})") from error
 
 
-def read_state(path):
-    """State dict of a published .pt (bare, or under "ema" or "model") or .safetensors file. Never unpickles objects."""
+def read_plain(path):
+    """What a .safetensors or .pt file holds. Never unpickles objects."""
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                    # torch raises half a dozen types for cut files and refused pickles
         raise InputError(f"{path} is no file of plain tensors ({type(error).__name__}): cut short, or a pickle that would run "
                          "code, which is refused") from error
+
+
+def read_state(path):
+    """State dict of a published .pt (bare, or under "ema" or "model") or .safetensors file."""
+    state = read_plain(path)
     for key in ("ema", "model"):
         if isinstance(state, dict) and key in state:
             state = state[key]
@@ -580,6 +609,8 @@ def load_network(source, kind=None, new="", num_classes=None):
         state = read_state(path)
     has = config.get("kind") or ("student" if "r_embedder.W" in state else "teacher")
     kind = kind or has
+    if has not in ("teacher", "student"):
+        raise InputError(f"{source} is a {has}, a teacher or a student is needed here")
     if has != kind and not (has == "teacher" and new == "r_embedder."):
         raise InputError(f"{source} is a {has}, a {kind} is needed here"
                          + (": python train_cmt.py makes one from it" if (has, kind) == ("teacher", "student") else ""))
@@ -670,19 +701,18 @@ def export_autoencoder(folder, decoder, stats, encoder):
     write_tensors(Path(folder) / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
 
 
-def load_stats(source):
-    """(mean, var), float64, from a latent_stats.safetensors, a folder that holds one, or a published stat.pt, whose mean may be
-    None: it stands for 0, and the published networks were trained so."""
+def load_stats(source, shape=None):
+    """(mean, var), float64, each (C, H, W), `shape` where given, from a latent_stats.safetensors, a folder that holds one, or a
+    published stat.pt, whose mean may be None: it stands for 0, and the published networks were trained so."""
     path = find(source)
     path = path / "latent_stats.safetensors" if path.is_dir() else path
-    if path.suffix == ".safetensors":
-        tensors = read_tensors(path)[0]
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(f"{path} is no file of plain tensors ({type(error).__name__})") from error
+    tensors = read_plain(path)
     if not isinstance(tensors, dict) or not isinstance(tensors.get("var"), torch.Tensor):
         raise InputError(f"{path} holds no latent statistics (mean, var)")
     var, mean = tensors["var"].double(), tensors.get("mean")
-    return (torch.zeros_like(var) if mean is None else mean.double()), var
+    mean = torch.zeros_like(var) if mean is None else mean.double()
+    shape = tuple(shape or var.shape)
+    for part in (mean, var):
+        if tuple(part.shape) != shape:
+            raise InputError(f"{path} holds statistics {tuple(part.shape)}, needed are {shape}: of another encoder or size of images?")
+    return mean, var

@@ -1,5 +1,6 @@
 """What the tests share: our files on the path, one thread per process, and the published figures' weights."""
 import json
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -36,6 +37,15 @@ def fill(net, prefix):
         with torch.no_grad():
             parameter.copy_(u.float())
     return net.double()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A stage that ran in a test must not go on catching what is meant to end the tests."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -254,6 +254,25 @@ def test_an_error_in_a_worker_is_one_line(tmp_path):
     assert str(error.value).startswith(str(tmp_path / "cut.png")) and "\n" not in str(error.value)
 
 
+def test_workers_outlive_signals_but_not_their_training(data):
+    """SIGTERM and SIGINT from outside leave them reading; a training that ends, by an error with its batches at hand too, does not hang."""
+    program = f"""
+import multiprocessing, os, signal, sys, time
+from encode_latents import Images, batches_of
+batches = batches_of(Images({str(data)!r}, 16), [[0], [1], [2]] * 9, workers=2)
+next(batches)
+for number in (signal.SIGTERM, signal.SIGINT):
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+time.sleep(0.5)
+print(sum(1 for batch in zip(batches, range(20))), len(multiprocessing.active_children()), flush=True)
+raise ValueError("kept alive by this error's traceback", batches)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(encode_latents.__file__).parent, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout == "20 2\n" and done.returncode == 1 and done.stderr.count("Error") == 1, done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The encoder
 # ----------------------------------------------------------------------------------------------------------------------
