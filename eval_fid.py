@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (IMAGE_MEAN, IMAGE_STD, InputError, command, digest_of, provenance, read_tensors, write_atomically, write_json,
-                   write_tensors)
+from model import (IMAGE_MEAN, IMAGE_STD, InputError, command, digest_of, processes, provenance, read_tensors, write_atomically,
+                   write_json, write_tensors)
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 K = 3                                                         # neighbours of precision and recall (ADM)
@@ -310,7 +310,8 @@ def measure(images, network, kept, micro_batch, device):
             raise InputError(f"features of images {i} to {rows[-1]} are not finite: the network's file is damaged")
         moments.update(f)
         features.append(f.cpu()[keep[rows.start:rows.stop]])
-    moments.mean, moments.scatter = moments.mean.cpu(), moments.scatter.cpu()
+    if moments.count:                                          # more processes than images: nothing here
+        moments.mean, moments.scatter = moments.mean.cpu(), moments.scatter.cpu()
     part = moments, features, probabilities, digests
     parts = [part] if world == 1 else [None] * world if rank == 0 else None
     if world > 1:
@@ -372,7 +373,7 @@ def main(argv=None):
     args, began = parse_args(argv), time.monotonic()
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=4))               # what is exchanged is on the CPU
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = processes()[2]
     torch.backends.cudnn.allow_tf32 = False                                       # features in true float32
 
     if not args.samples and not args.save_statistics:

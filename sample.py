@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import (InputError, command, denormalize, generator, guided, load_decoder, load_network, load_stats, long_jumps, ode_times,
-                   provenance, read_json, solve_ode, write_atomically, write_json)
+from model import (InputError, command, denormalize, digest_of, generator, guided, load_decoder, load_network, load_stats, long_jumps,
+                   ode_times, processes, provenance, read_json, solve_ode, write_atomically, write_json)
 
 
 def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
@@ -38,14 +38,14 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
     return torch.stack(z), torch.tensor(y)
 
 
-def generate(net, z, y, nfe, solver="euler", shift=1.0, guide=lambda v: v):
+def generate(net, z, y, nfe, solver="euler", shift=1.0, v=None):
     """Latents from noise z (B, C, H, W) and labels y (B,) in `nfe` evaluations of `net`, a student or a teacher, for each image.
 
-    guide: a teacher -> its guided velocity, model.guided, each evaluation of which then counts as one."""
+    v: a teacher's guided velocity, of model.guided, in its place; an evaluation of it counts as one."""
     if net.r_embedder is not None:
         return long_jumps(lambda z, t, s: net(z, t, y, s).float(), z, [1 - i / nfe for i in range(nfe + 1)])
     steps = nfe if solver == "euler" else nfe // 2
-    v = guide(net)
+    v = v or net
     return solve_ode(lambda z, t: v(z, t, y).float(), z, ode_times(steps, shift), solver)[-1]
 
 
@@ -93,7 +93,7 @@ def sample_all(part, settings, batches, make, shape, rank, world):
     if world > 1:
         dist.barrier()
     if read_json(part / "settings.json") != settings:
-        raise InputError(f"{part} holds an interrupted run of other settings: remove it, or give another --out")
+        raise InputError(f"{part} holds an interrupted run of other settings or weights: remove it, or give another --out")
     images, labels, done = (numpy.lib.format.open_memmap(part / f"{name}.npy", "r+") for name in arrays)
     mine, start, said = [k for k in range(rank, len(batches), world) if not done[k]], time.monotonic(), time.monotonic()
     bar = tqdm(mine, unit="batch", disable=rank > 0 or not sys.stderr.isatty())
@@ -105,6 +105,7 @@ def sample_all(part, settings, batches, make, shape, rank, world):
         if rank == 0 and bar.disable and (time.monotonic() - said > 30 or n == len(mine)):
             said = time.monotonic()
             print(f"batch {n} of {len(mine)} of this process, {(said - start) / n * (len(mine) - n):.0f} s left", flush=True)
+    labels.flush()
     done.flush()
     if world > 1:
         dist.barrier()
@@ -161,44 +162,51 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    world, rank, device = processes(args.precision)
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):                    # its files are maps that several nodes would tear
+        raise InputError("sampling takes the GPUs of one node: torchrun without --nnodes")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")                                           # for barriers alone
 
     net, config, stats = load_network(args.network)
     student = config["kind"] == "student"
     decoder, decoder_stats = load_decoder(args.decoder)
-    stats = load_stats(args.stats) if args.stats else stats or decoder_stats
+    stats = load_stats(args.stats, net.shape) if args.stats else stats or decoder_stats
     nfe = args.nfe or (1 if student else 50)
-    labels = args.labels if args.labels in ("equal", "random") else [int(x) for x in args.labels.split(",") if x.strip().isdigit()]
+    labels = args.labels
+    if labels not in ("equal", "random"):
+        labels = [int(x) if x.strip().isdecimal() else -1 for x in labels.split(",")]
     if stats is None:
         raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
     if net.shape != decoder.shape:
         raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: another encoder or size")
     if nfe < 1 or args.num_samples < 1 or args.batch_size < 1 or (not student and args.solver == "heun" and nfe % 2):
         raise InputError("--nfe, --num-samples and --batch-size must be at least 1, and --nfe even with --solver heun")
-    if not isinstance(labels, str) and (not labels or max(labels) >= net.num_classes):
+    if not isinstance(labels, str) and not all(0 <= y < net.num_classes for y in labels):
         raise InputError(f"--labels {args.labels}: 'equal', 'random', or a list of numbers below {net.num_classes}")
     if student and args.guidance != 1:
         raise InputError("--guidance is for a teacher; a student has it from its training (--guidance of train_cmt.py, train_meanflow.py)")
     weak = load_network(args.weak_teacher, "teacher")[0].to(device).eval() if args.weak_teacher else None
-    net, decoder = net.to(device).eval(), decoder.to(device).eval()
+    net, decoder, stats = net.to(device).eval(), decoder.to(device).eval(), [x.to(device) for x in stats]
+    v = None if student else guided(net, args.guidance, args.guidance_interval, weak)
     if args.compile:
         net.compile()
         decoder.compile()
 
     out = Path(args.out or f"samples/{Path(args.network).stem}_{nfe}.npz")
-    settings = {k: v for k, v in vars(args).items() if k not in ("grid", "png", "out", "compile")} | {"nfe": nfe}
+    shift = args.time_shift or config["time_shift"]
+    parts = {"network": net, "decoder": decoder, **({"weak": weak} if weak else {})}
+    weights = {f"{part}/{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+    settings = {k: v for k, v in vars(args).items() if k not in ("grid", "png", "out", "compile")} | {
+        "nfe": nfe, "time_shift": shift, "weights": digest_of(weights | {"mean": stats[0], "var": stats[1]})}
     if out.exists() and not (out.with_suffix(".json").exists() and read_json(out.with_suffix(".json"))["settings"] == settings):
-        raise InputError(f"{out} exists, made with other settings: give another --out or remove it")
+        raise InputError(f"{out} exists, made with other settings or weights: give another --out or remove it")
 
     @torch.inference_mode()
     def make(indices):
         z, y = noise_and_labels(indices, args.seed, net.shape, net.num_classes, labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, args.time_shift or config["time_shift"],
-                           lambda v: guided(v, args.guidance, args.guidance_interval, weak))
+            z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, shift, v)
             return to_uint8(decoder(denormalize(z_0, stats)), args.truncate).cpu().numpy(), y.numpy()
 
     if not out.exists():
@@ -206,8 +214,8 @@ def main(argv=None):
         size = decoder.shape[1] * decoder.patch_size
         sample_all(out.with_suffix(".part"), settings, batches, make, (args.num_samples, size, size, 3), rank, world)
         if rank == 0:
-            bundle(out.with_suffix(".part"), out)
             write_json(out.with_suffix(".json"), {"settings": settings, **provenance()})
+            bundle(out.with_suffix(".part"), out)                                 # last: the samples are there when all is
     if rank == 0:
         print(f"{out}: {args.num_samples} images")
         classes, y = config.get("classes") or range(net.num_classes), numpy.load(out)["arr_1"]

@@ -10,7 +10,7 @@ starts at zero). The times are the true ones of the solver's grid.
 
     python train_cmt.py                                        # one GPU (or CPU): reads runs/teacher, writes runs/cmt
     torchrun --nproc_per_node=8 train_cmt.py                   # eight GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cmt.py        # on each of four nodes
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cmt.py --pairs 16    # on each of four nodes
     python train_cmt.py --synthetic --steps 20                 # does XL fit, how fast is it? (random networks, no files)
 
 Defaults are those of MF-RAE (arXiv 2511.13019) for ImageNet at 256 px.
@@ -30,8 +30,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, guided, load_network, load_stats, ode_times,
-                   provenance, read_json, read_tensors, save_network, solve_ode, write_atomically, write_json, write_tensors)
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, generators, guided, load_network, load_stats,
+                   ode_times, processes, provenance, read_json, read_tensors, save_network, solve_ode, write_atomically, write_json,
+                   write_tensors)
 
 
 def consistency_loss(h, z_t, z_s, t, s, y):
@@ -51,9 +52,10 @@ class TrajectoryPool:
     trajectory serves `pairs` pairs in its life, a batch holds few pairs of any one, and no pair is older than `age` steps. Group and
     serial number alone decide a trajectory: splitting the batch over processes, or resuming, gives the same ones."""
 
-    def __init__(self, solve, shape, times, groups, age, seed, num_classes, label_dropout, step, device):
-        """solve: (z_1, y) -> list of the points at `times`; groups: of this process, a range; step: to begin with."""
-        self.solve, self.groups, self.age, self.quarter, self.seed, self.device = solve, groups, age, age // 4, seed, device
+    def __init__(self, solve, shape, times, groups, age, seed, num_classes, label_dropout, step, device, batch=64):
+        """solve: (z_1, y) -> list of the points at `times`; groups: of this process, a range; step: to begin with; batch: of `solve`."""
+        self.solve, self.groups, self.age, self.quarter, self.batch = solve, groups, age, age // 4, batch
+        self.seed, self.device = seed, device
         self.num_classes, self.label_dropout, self.times = num_classes, label_dropout, torch.tensor(times, device=device)
         self.points = torch.empty(len(groups), age, len(times), *shape, device=device)
         self.y = torch.empty(len(groups), age, dtype=torch.long, device=device)
@@ -74,19 +76,17 @@ class TrajectoryPool:
                 label = torch.randint(self.num_classes, (), generator=g, device=self.device)
                 dropped = torch.rand((), generator=g, device=self.device) < self.label_dropout
                 y.append(torch.where(dropped, self.num_classes, label))
-        y = torch.stack(y)
-        points = torch.stack(self.solve(torch.stack(z), y), dim=1)
-        slots = slice(serials[0] % self.age, serials[0] % self.age + self.quarter)
-        self.points[:, slots] = points.unflatten(0, (len(self.groups), -1))
-        self.y[:, slots] = y.unflatten(0, (len(self.groups), -1))
-        self.born[:, slots] = max(0, chunk - 3) * self.quarter
+        z, y, begin = torch.stack(z), torch.stack(y), serials[0] % self.age
+        for rows in torch.arange(len(y), device=self.device).split(self.batch):
+            group, slot = rows // self.quarter, begin + rows % self.quarter
+            self.points[group, slot] = torch.stack(self.solve(z[rows], y[rows]), dim=1)
+            self.y[group, slot] = y[rows]
+        self.born[:, begin:begin + self.quarter] = max(0, chunk - 3) * self.quarter
 
     def pairs(self, step, rows, group_rows):
         """Pairs for rows [start, stop) of a step: z_t, z_s, t, s, y, and their age in steps, one of each a row."""
-        draws = []
-        for block in range(rows[0] // 4, rows[1] // 4):
-            g = generator(self.device, self.seed, "pairs", step, block)
-            draws.append([torch.randint(n, (4,), generator=g, device=self.device) for n in (self.age, len(self.i))])
+        draws = [[torch.randint(n, (4,), generator=g, device=self.device) for n in (self.age, len(self.i))]
+                 for g in generators(self.device, rows, self.seed, "pairs", step)]
         slot, pair = (torch.cat(parts) for parts in zip(*draws, strict=True))
         group = torch.arange(*rows, device=self.device) // group_rows - self.groups[0]
         i, j = self.i[pair], self.j[pair]
@@ -95,7 +95,8 @@ class TrajectoryPool:
 
 
 # ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
-FREE = {"steps", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
+FREE = {"steps", "lr", "lr_final", "clip", "precision", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every",
+        "save_every", "keep", "keep_every", "resume"}                             # what --resume may change
 
 
 class Run:
@@ -103,35 +104,33 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
-        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError("this GPU has no bf16: --precision fp32")
+        self.world, self.rank, self.device = processes(args.precision)
+        if min(args.steps, args.log_every, args.save_every, args.keep) < 1 or (args.time_shift is not None and args.time_shift <= 0):
+            raise InputError("--steps, --log-every, --save-every and --keep must be at least 1, --time-shift above 0")
         share = args.batch_size // self.world
-        micro = args.micro_batch or share
+        micro = args.micro_batch or max((n for n in range(4, min(share, 64) + 1, 4) if share % n == 0), default=share)
         if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
             raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
                              "divide evenly, and a micro-batch be a multiple of 4")
         self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
-        if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
+        if not args.synthetic and ((self.out / "config.json").exists() or any(self.out.glob("state_*.safetensors"))):
             before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
             other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
             if other or not args.resume:
                 hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
                 raise InputError(f"{self.out} holds another run: give another --out{hint}")
-        if cuda:
-            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(args.seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)                                     # a second one stops at once
-        print("will save and stop after this step (once more: stop at once)", file=sys.stderr, flush=True)
+        if not self.signal:
+            self.signal, self.signalled = number, time.monotonic()
+            print("will save and stop after this step (once more, from 3 seconds on: stop at once)", file=sys.stderr, flush=True)
+        elif time.monotonic() > self.signalled + 3:                               # torchrun and a scheduler may both send the first
+            os._exit(128 + number)
 
     def adopt(self, net, config, stats):
         """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
@@ -157,7 +156,14 @@ class Run:
         else:
             if states:
                 raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
+        if self.world > 1:
+            steps = torch.tensor([self.step, -self.step])
+            dist.all_reduce(steps, dist.ReduceOp.MAX)
+            if steps[0] != -steps[1]:
+                raise InputError(f"the processes found other states in {self.out}: it must lie on a disk that all nodes share")
         if self.rank == 0 and not args.synthetic:
+            for path in self.out.glob(".*.tmp"):                                  # of a process that was killed while it wrote
+                path.unlink()
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
             log = (self.out / "log.jsonl").read_text(errors="replace").splitlines() if (self.out / "log.jsonl").exists() else []
             found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
@@ -175,7 +181,7 @@ class Run:
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
         args, begin = self.args, self.args.decay_from * self.args.steps
-        part = max(0.0, (self.step - begin) / max(1.0, args.steps - begin))
+        part = max(0.0, (self.step - begin) / max(1.0, args.steps - 1 - begin))
         return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
 
     def autocast(self):
@@ -188,7 +194,7 @@ class Run:
     def end_step(self, losses, grad_norm):
         """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
 
-        losses: for each micro-batch a dict of numbers, tensors on the device or floats."""
+        losses: for each micro-batch a dict of numbers, tensors on the device."""
         args, self.step = self.args, self.step + 1
         self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
         self.bar.update()
@@ -201,6 +207,8 @@ class Run:
         if not args.synthetic and (last or self.step % args.save_every == 0):
             self.save()
         if stop:
+            if self.world > 1:
+                dist.all_reduce(stop)                                             # torchrun ends all when one ends: rank 0 has saved
             print(f"stopped after step {self.step}: the same command with --resume goes on")
             sys.exit(128 + int(stop))
 
@@ -230,6 +238,7 @@ class Run:
 
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
+        begin = time.perf_counter()
         if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
             raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
         if self.rank == 0:
@@ -244,7 +253,7 @@ class Run:
             for path in states:
                 if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
                     path.unlink()
-        self.since = time.perf_counter()                                          # saving is not training time
+        self.since += time.perf_counter() - begin                                 # saving is not training time
 
 
 # ======== end of the shared text ==================================================================================================
@@ -277,7 +286,8 @@ def parse_args(argv=None):
     add("--label-dropout", type=float, default=0.1, help="probability of 'no label', for teacher and student alike "
         "(default %(default)s: MF-RAE)")
     add("--time-shift", type=float, help="a of the solver's grid t_i = shift(1 - i / N) (default: the teacher's)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's whole share)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's share "
+        "in equal parts of at most 64, which XL at 256 px needs on a card of 80 GB)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
@@ -297,9 +307,10 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args)
-    if args.batch_size % (args.pairs * run.world) or args.pairs % 4 or args.pool_age < 4 or args.pool_age % 4:
-        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times {run.world} processes, and "
-                         "--pairs and --pool-age multiples of 4")
+    if min(args.pairs, args.pool_age) < 4 or args.pairs % 4 or args.pool_age % 4 or args.teacher_steps < 1 or \
+            args.batch_size % (args.pairs * run.world):
+        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times {run.world} processes, "
+                         "--pairs and --pool-age multiples of 4, and --teacher-steps at least 1")
     if args.synthetic:
         grid = args.synthetic // 16
         teacher = DiTDH(grid, 768, num_classes=1000, **DIT_PRESETS[args.preset])
@@ -311,17 +322,17 @@ def main(argv=None):
         if student.shape != teacher.shape or student.num_classes != teacher.num_classes:
             raise InputError(f"--init {args.init} has latents {student.shape} and {student.num_classes} classes, the teacher "
                              f"{teacher.shape} and {teacher.num_classes}")
-        stats = load_stats(args.stats) if args.stats else stats
+        stats = load_stats(args.stats, teacher.shape) if args.stats else stats
         if stats is None:
             raise InputError(f"{args.teacher} brings no latent statistics: give them with --stats")
         config = {**config, "kind": "student", "network": student_config["network"]}
     config["time_shift"] = args.time_shift or config["time_shift"]
-    h = run.adopt(student, config, stats)
-    v = teacher.to(run.device).requires_grad_(False)
+    teacher.to(run.device).requires_grad_(False)
     weak = load_network(args.weak_teacher, "teacher")[0].to(run.device).requires_grad_(False) if args.weak_teacher else None
+    v = guided(teacher, args.guidance, args.guidance_interval, weak)
     if args.compile:
-        v.compile()
-    v = guided(v, args.guidance, args.guidance_interval, weak)
+        teacher.compile()
+    h = run.adopt(student, config, stats)
     times = ode_times(args.teacher_steps, config["time_shift"])
 
     def solve(z_1, y):
@@ -330,7 +341,7 @@ def main(argv=None):
 
     groups = range(run.rows[0][0] // args.pairs, run.rows[-1][1] // args.pairs)
     pool = TrajectoryPool(solve, teacher.shape, times, groups, args.pool_age, args.seed, teacher.num_classes, args.label_dropout,
-                          run.step, run.device)
+                          run.step, run.device, run.rows[0][1] - run.rows[0][0])
     while run.step < args.steps:
         if run.step % pool.quarter == 0 and run.step > 0:
             pool.renew(run.step // pool.quarter + 3)
@@ -345,8 +356,9 @@ def main(argv=None):
         grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
         run.optimizer.param_groups[0]["lr"] = run.lr()
         run.optimizer.step()
-        run.optimizer.zero_grad()
-        torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
+        run.optimizer.zero_grad(set_to_none=run.world == 1)                       # DDP's gradients are views of its buckets: kept
+        with torch.no_grad():
+            torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
         run.end_step(losses, grad_norm)
 
 

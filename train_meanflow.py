@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, guided, load_network, load_stats, normalize,
-                   provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generators, guided, load_network, load_stats, normalize,
+                   processes, provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
 
 
 def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.005, form="mean", power=0.0, loss_eps=1e-3,
@@ -45,7 +45,8 @@ def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.
     the published stencil, which leaves it. rows: those where s < t may hold; elsewhere s = t, and no derivative is taken.
     h_fixed: h for the derivative, which needs no gradient: under DDP, the network inside it. Default: h. jvp: or a compiled one.
     form, power, loss_eps: the weight of a sample, q / stopgrad(q + loss_eps)^power, with q its mean squared error ("mean") or the square
-    of its summed squared error ("published"; power 1). Returns (loss, {"loss", "mse": the mean squared error per element})."""
+    of its summed squared error ("published", power 1: what the script's flags default to; here, the plain squared error).
+    Returns (loss, {"loss", "mse": the mean squared error per element})."""
     h_fixed = h_fixed or h
     t_, s_ = t[:, None, None, None], s[:, None, None, None]
     z_t = (1 - t_) * z_0 + t_ * eps
@@ -59,15 +60,17 @@ def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 dh_dt = jvp(lambda z, t: h_fixed(z, t, s, y), (z, t), (tangent, torch.ones_like(t)))[1]
         else:                                     # a finite difference in reduced precision is noise / delta_t: true float32, whatever
-            precision, reduced = torch.get_float32_matmul_precision(), torch.is_autocast_enabled(z.device.type)    # is set outside
+            precision = torch.get_float32_matmul_precision()                      # is set outside
+            reduced = torch.is_autocast_enabled(z.device.type) or precision != "highest"
             torch.set_float32_matmul_precision("highest")
             with torch.autocast(z.device.type, enabled=False):
                 d = torch.full_like(t, delta_t)
                 central = ((t + d <= 1) & (t - d >= s)) | (derivative == "fd-central")
                 forward = ~central & (t + 2 * d <= 1)
                 d = torch.where(central | forward, d, torch.minimum(d, (t - s) / 2).clamp(min=1e-6))      # backward, never below s
-                stencil = torch.tensor([[1, -1, 0.5, -0.5, 0], [1, 2, 2, -0.5, -1.5], [-1, -2, -2, 0.5, 1.5]], device=t.device).to(t)
-                a, b, c_a, c_b, c_t = stencil[torch.where(central, 0, torch.where(forward, 1, 2))].T      # offsets / d, coefficients
+                side = torch.where(forward, 1.0, -1.0)                            # one-sided: (2 h_a - h_b / 2 - 3 h_t / 2) / (side d)
+                a, b = torch.where(central, 1.0, side), torch.where(central, -1.0, 2 * side)                        # offsets / d
+                c_a, c_b, c_t = (torch.where(central, c, k * side) for c, k in ((0.5, 2), (-0.5, -0.5), (0.0, -1.5)))  # coefficients
                 z_ab = torch.cat([z + (x * d)[:, None, None, None] * tangent for x in (a, b)])
                 h_a, h_b = h_fixed(z_ab, torch.cat([t + a * d, t + b * d]), s.repeat(2), y.repeat(2)).chunk(2)
                 center = h_fixed(z, t, s, y) if reduced else h_t[rows]
@@ -83,19 +86,15 @@ def meanflow_loss(h, v, z_0, eps, t, s, y, eta=1.0, derivative="jvp", delta_t=0.
 
 
 def draw(seed, step, rows, shape, device):
-    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B, 2), eps ~ N(0, I) (B, C, H, W), dropout's uniforms (B,).
-
-    Each block of four rows has a generator of its own, from (seed, step, block): the same numbers however the batch is split."""
-    blocks = []
-    for block in range(rows[0] // 4, rows[1] // 4):
-        g = generator(device, seed, "meanflow", step, block)
-        blocks.append([torch.rand(4, 2, generator=g, device=device), torch.randn(4, *shape, generator=g, device=device),
-                       torch.rand(4, generator=g, device=device)])
+    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B, 2), eps ~ N(0, I) (B, C, H, W), dropout's uniforms (B,)."""
+    blocks = [(torch.rand(4, 2, generator=g, device=device), torch.randn(4, *shape, generator=g, device=device),
+               torch.rand(4, generator=g, device=device)) for g in generators(device, rows, seed, "meanflow", step)]
     return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
 
 # ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
-FREE = {"steps", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
+FREE = {"steps", "lr", "lr_final", "clip", "precision", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every",
+        "save_every", "keep", "keep_every", "resume"}                             # what --resume may change
 
 
 class Run:
@@ -103,35 +102,33 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
-        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError("this GPU has no bf16: --precision fp32")
+        self.world, self.rank, self.device = processes(args.precision)
+        if min(args.steps, args.log_every, args.save_every, args.keep) < 1 or (args.time_shift is not None and args.time_shift <= 0):
+            raise InputError("--steps, --log-every, --save-every and --keep must be at least 1, --time-shift above 0")
         share = args.batch_size // self.world
-        micro = args.micro_batch or share
+        micro = args.micro_batch or max((n for n in range(4, min(share, 64) + 1, 4) if share % n == 0), default=share)
         if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
             raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
                              "divide evenly, and a micro-batch be a multiple of 4")
         self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
-        if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
+        if not args.synthetic and ((self.out / "config.json").exists() or any(self.out.glob("state_*.safetensors"))):
             before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
             other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
             if other or not args.resume:
                 hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
                 raise InputError(f"{self.out} holds another run: give another --out{hint}")
-        if cuda:
-            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(args.seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)                                     # a second one stops at once
-        print("will save and stop after this step (once more: stop at once)", file=sys.stderr, flush=True)
+        if not self.signal:
+            self.signal, self.signalled = number, time.monotonic()
+            print("will save and stop after this step (once more, from 3 seconds on: stop at once)", file=sys.stderr, flush=True)
+        elif time.monotonic() > self.signalled + 3:                               # torchrun and a scheduler may both send the first
+            os._exit(128 + number)
 
     def adopt(self, net, config, stats):
         """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
@@ -157,7 +154,14 @@ class Run:
         else:
             if states:
                 raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
+        if self.world > 1:
+            steps = torch.tensor([self.step, -self.step])
+            dist.all_reduce(steps, dist.ReduceOp.MAX)
+            if steps[0] != -steps[1]:
+                raise InputError(f"the processes found other states in {self.out}: it must lie on a disk that all nodes share")
         if self.rank == 0 and not args.synthetic:
+            for path in self.out.glob(".*.tmp"):                                  # of a process that was killed while it wrote
+                path.unlink()
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
             log = (self.out / "log.jsonl").read_text(errors="replace").splitlines() if (self.out / "log.jsonl").exists() else []
             found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
@@ -175,7 +179,7 @@ class Run:
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
         args, begin = self.args, self.args.decay_from * self.args.steps
-        part = max(0.0, (self.step - begin) / max(1.0, args.steps - begin))
+        part = max(0.0, (self.step - begin) / max(1.0, args.steps - 1 - begin))
         return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
 
     def autocast(self):
@@ -188,7 +192,7 @@ class Run:
     def end_step(self, losses, grad_norm):
         """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
 
-        losses: for each micro-batch a dict of numbers, tensors on the device or floats."""
+        losses: for each micro-batch a dict of numbers, tensors on the device."""
         args, self.step = self.args, self.step + 1
         self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
         self.bar.update()
@@ -201,6 +205,8 @@ class Run:
         if not args.synthetic and (last or self.step % args.save_every == 0):
             self.save()
         if stop:
+            if self.world > 1:
+                dist.all_reduce(stop)                                             # torchrun ends all when one ends: rank 0 has saved
             print(f"stopped after step {self.step}: the same command with --resume goes on")
             sys.exit(128 + int(stop))
 
@@ -230,6 +236,7 @@ class Run:
 
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
+        begin = time.perf_counter()
         if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
             raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
         if self.rank == 0:
@@ -244,7 +251,7 @@ class Run:
             for path in states:
                 if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
                     path.unlink()
-        self.since = time.perf_counter()                                          # saving is not training time
+        self.since += time.perf_counter() - begin                                 # saving is not training time
 
 
 # ======== end of the shared text ==================================================================================================
@@ -285,7 +292,8 @@ def parse_args(argv=None):
     add("--ema", type=float, default=0.9999, help="decay of the weights' average per step (default %(default)s: MF-RAE; 0.9995 at 512 px)")
     add("--label-dropout", type=float, default=0.1, help="probability of 'no label' (default %(default)s: MF-RAE)")
     add("--time-shift", type=float, help="a of shift(u) = a u / (1 + (a - 1) u) (default: the student's)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's whole share)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's share "
+        "in equal parts of at most 64, which XL at 256 px needs on a card of 80 GB)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
@@ -306,6 +314,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args)
+    if len(args.eta) > 2:
+        raise InputError("--eta takes one number, or two: of the first and of the last step")
     from encode_latents import TrainingData  # the only other file this stage needs
     data = TrainingData(args.latents, args.data_path, args.synthetic)
     needs_teacher = any(args.eta)
@@ -316,7 +326,7 @@ def main(argv=None):
     else:
         student, config, stats = load_network(args.init, "student", new="r_embedder.")
         teacher = load_network(args.teacher, "teacher")[0] if needs_teacher else None
-        stats = load_stats(args.stats) if args.stats else stats if stats is not None else data.stats
+        stats = load_stats(args.stats, data.shape) if args.stats else stats if stats is not None else data.stats
         for name, net in (("--init", student), ("--teacher", teacher)):
             if net and (net.shape != data.shape or net.num_classes != len(data.classes)):
                 raise InputError(f"{name} is for latents {net.shape} of {net.num_classes} classes, --latents {args.latents} holds "
@@ -325,14 +335,15 @@ def main(argv=None):
             raise InputError(f"the student was trained with other latent statistics than those in {args.latents}: encode with the same "
                              "encoder and data, or choose with --stats")
     shift = config["time_shift"] = args.time_shift or config["time_shift"]
-    h = run.adopt(student, config, stats)
-    v = None
+    stats, v = [x.to(run.device) for x in stats], None                            # here once, not in every step
     if needs_teacher:
         teacher.to(run.device).requires_grad_(False)
         weak = load_network(args.weak_teacher, "teacher")[0].to(run.device).requires_grad_(False) if args.weak_teacher else None
+        v = guided(teacher, args.guidance, args.guidance_interval, weak)
         if args.compile:
             teacher.compile()
-        v = guided(teacher, args.guidance, args.guidance_interval, weak)
+    h = run.adopt(student, config, stats)
+    fixed = student.forward if args.derivative == "jvp" else student             # the one inside jvp's graph, the other with its own
     jvp = torch.compile(lambda *x: torch.func.jvp(*x)) if args.compile else torch.func.jvp       # the function itself would stay eager
     batches = data.batches(args.seed, args.batch_size, run.rows, run.step, args.steps, run.device, args.workers)
 
@@ -350,14 +361,15 @@ def main(argv=None):
                     loss, numbers = meanflow_loss(
                         lambda z, t, s, y: h(z, t, y, s), v, normalize(z_0, stats), eps, t, s, y, eta, args.derivative, args.delta_t,
                         args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
-                        h_fixed=lambda z, t, s, y: student.forward(z, t, y, s), jvp=jvp)
+                        h_fixed=lambda z, t, s, y: fixed(z, t, y, s), jvp=jvp)
                 (loss / len(run.rows)).backward()
             losses.append(numbers)
         grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
         run.optimizer.param_groups[0]["lr"] = run.lr()
         run.optimizer.step()
-        run.optimizer.zero_grad()
-        torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
+        run.optimizer.zero_grad(set_to_none=run.world == 1)                       # DDP's gradients are views of its buckets: kept
+        with torch.no_grad():
+            torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
         run.end_step(losses, grad_norm)
 
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, load_network, load_stats, normalize,
-                   provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
+from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generators, load_network, load_stats, normalize,
+                   processes, provenance, read_json, read_tensors, save_network, time_shift, write_atomically, write_json, write_tensors)
 
 
 def flow_matching_loss(v, z_0, eps, t, y):
@@ -42,19 +42,15 @@ def flow_matching_loss(v, z_0, eps, t, y):
 
 
 def draw(seed, step, rows, shape, device):
-    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B,), eps ~ N(0, I) (B, C, H, W), dropout's uniforms (B,).
-
-    Each block of four rows has a generator of its own, from (seed, step, block): the same numbers however the batch is split."""
-    blocks = []
-    for block in range(rows[0] // 4, rows[1] // 4):
-        g = generator(device, seed, "teacher", step, block)
-        blocks.append([torch.rand(4, generator=g, device=device), torch.randn(4, *shape, generator=g, device=device),
-                       torch.rand(4, generator=g, device=device)])
+    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B,), eps ~ N(0, I) (B, C, H, W), dropout's uniforms (B,)."""
+    blocks = [(torch.rand(4, generator=g, device=device), torch.randn(4, *shape, generator=g, device=device),
+               torch.rand(4, generator=g, device=device)) for g in generators(device, rows, seed, "teacher", step)]
     return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
 
 # ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
-FREE = {"steps", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
+FREE = {"steps", "lr", "lr_final", "clip", "precision", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every",
+        "save_every", "keep", "keep_every", "resume"}                             # what --resume may change
 
 
 class Run:
@@ -62,35 +58,33 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
-        self.world, self.rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda and args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError("this GPU has no bf16: --precision fp32")
+        self.world, self.rank, self.device = processes(args.precision)
+        if min(args.steps, args.log_every, args.save_every, args.keep) < 1 or (args.time_shift is not None and args.time_shift <= 0):
+            raise InputError("--steps, --log-every, --save-every and --keep must be at least 1, --time-shift above 0")
         share = args.batch_size // self.world
-        micro = args.micro_batch or share
+        micro = args.micro_batch or max((n for n in range(4, min(share, 64) + 1, 4) if share % n == 0), default=share)
         if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
             raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
                              "divide evenly, and a micro-batch be a multiple of 4")
         self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
-        if not args.synthetic and any((self.out / name).exists() for name in ("run.json", "config.json")):
+        if not args.synthetic and ((self.out / "config.json").exists() or any(self.out.glob("state_*.safetensors"))):
             before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
             other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
             if other or not args.resume:
                 hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
                 raise InputError(f"{self.out} holds another run: give another --out{hint}")
-        if cuda:
-            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(args.seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)                                     # a second one stops at once
-        print("will save and stop after this step (once more: stop at once)", file=sys.stderr, flush=True)
+        if not self.signal:
+            self.signal, self.signalled = number, time.monotonic()
+            print("will save and stop after this step (once more, from 3 seconds on: stop at once)", file=sys.stderr, flush=True)
+        elif time.monotonic() > self.signalled + 3:                               # torchrun and a scheduler may both send the first
+            os._exit(128 + number)
 
     def adopt(self, net, config, stats):
         """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
@@ -116,7 +110,14 @@ class Run:
         else:
             if states:
                 raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
+        if self.world > 1:
+            steps = torch.tensor([self.step, -self.step])
+            dist.all_reduce(steps, dist.ReduceOp.MAX)
+            if steps[0] != -steps[1]:
+                raise InputError(f"the processes found other states in {self.out}: it must lie on a disk that all nodes share")
         if self.rank == 0 and not args.synthetic:
+            for path in self.out.glob(".*.tmp"):                                  # of a process that was killed while it wrote
+                path.unlink()
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
             log = (self.out / "log.jsonl").read_text(errors="replace").splitlines() if (self.out / "log.jsonl").exists() else []
             found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
@@ -134,7 +135,7 @@ class Run:
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
         args, begin = self.args, self.args.decay_from * self.args.steps
-        part = max(0.0, (self.step - begin) / max(1.0, args.steps - begin))
+        part = max(0.0, (self.step - begin) / max(1.0, args.steps - 1 - begin))
         return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
 
     def autocast(self):
@@ -147,7 +148,7 @@ class Run:
     def end_step(self, losses, grad_norm):
         """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
 
-        losses: for each micro-batch a dict of numbers, tensors on the device or floats."""
+        losses: for each micro-batch a dict of numbers, tensors on the device."""
         args, self.step = self.args, self.step + 1
         self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
         self.bar.update()
@@ -160,6 +161,8 @@ class Run:
         if not args.synthetic and (last or self.step % args.save_every == 0):
             self.save()
         if stop:
+            if self.world > 1:
+                dist.all_reduce(stop)                                             # torchrun ends all when one ends: rank 0 has saved
             print(f"stopped after step {self.step}: the same command with --resume goes on")
             sys.exit(128 + int(stop))
 
@@ -189,6 +192,7 @@ class Run:
 
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
+        begin = time.perf_counter()
         if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
             raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
         if self.rank == 0:
@@ -203,14 +207,14 @@ class Run:
             for path in states:
                 if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
                     path.unlink()
-        self.since = time.perf_counter()                                          # saving is not training time
+        self.since += time.perf_counter() - begin                                 # saving is not training time
 
 
 # ======== end of the shared text ==================================================================================================
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--latents", default="data/latents", help="folder written by encode_latents.py (default %(default)s)")
     add("--data-path", help="images (folder of class folders, or .zip), encoded on the fly with random flips as --latents describes, "
@@ -231,7 +235,8 @@ def parse_args(argv=None):
     add("--time-shift", type=float, help="a of shift(u) = a u / (1 + (a - 1) u) (default: sqrt(C H W / 4096), at least 1; RAE)")
     add("--time-draw", choices=("uniform", "logit-normal"), default="uniform", help="law of u, before the shift (default %(default)s: RAE; "
         "logit-normal(0, 1): a later release of it)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's whole share)")
+    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's share "
+        "in equal parts of at most 64, which XL at 256 px needs on a card of 80 GB)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
     add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
@@ -254,7 +259,8 @@ def main(argv=None):
     run = Run(args)
     from encode_latents import TrainingData  # the only other file this stage needs
     data = TrainingData(args.latents, args.data_path, args.synthetic)
-    stats = load_stats(args.stats) if args.stats else data.stats
+    stats = load_stats(args.stats, data.shape) if args.stats else data.stats
+    stats = [x.to(run.device) for x in stats]                                     # here once, not in every step
     shift = args.time_shift or default_time_shift(data.shape)
     if args.init:
         new = dict(new="y_embedder.", num_classes=len(data.classes)) if args.new_classes else {}
@@ -288,8 +294,9 @@ def main(argv=None):
         grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
         run.optimizer.param_groups[0]["lr"] = run.lr()
         run.optimizer.step()
-        run.optimizer.zero_grad()
-        torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
+        run.optimizer.zero_grad(set_to_none=run.world == 1)                       # DDP's gradients are views of its buckets: kept
+        with torch.no_grad():
+            torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
         run.end_step(losses, grad_norm)
 
 

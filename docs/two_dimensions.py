@@ -85,7 +85,7 @@ def main(out):
         z_0, y = spiral(BATCH)
         return flow_matching_loss(teacher, z_0, torch.randn_like(z_0), torch.rand(BATCH), y)
 
-    def cmt():                                    # 64 trajectories of 16 Euler steps, 8 pairs of points from each
+    def cmt():                                    # 32 trajectories of 16 Euler steps, 8 pairs of points from each
         y, times = torch.randint(CLASSES, (BATCH // 8,)), torch.tensor(ode_times(16, 1.0))
         with torch.no_grad():
             points = torch.stack(solve_ode(lambda z, t: teacher(z, t, y), torch.randn(len(y), 2, 1, 1), times.tolist()), dim=1)

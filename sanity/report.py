@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import nn  # noqa: E402
 
-from encode_latents import Encoder, Images, Latents, RowSampler  # noqa: E402
+from encode_latents import Images, Latents, RowSampler, encoder_of  # noqa: E402
 from eval_fid import Moments, complaint, frechet_distance  # noqa: E402
 from model import (  # noqa: E402
     InputError,
@@ -293,8 +293,8 @@ def main(argv=None):
     usual = [f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz:{name.split()[1]}" for name in COLUMNS]
     files = {}
     for text in args.samples or usual:
-        name, _, path = text.partition("=")
-        path, _, nfe = path.rpartition(":")
+        rest, _, nfe = text.rpartition(":")
+        name, _, path = rest.rpartition("=")                   # a name may hold another =
         if not (name and path and nfe.isdigit()) or name in files:
             raise InputError(f"--samples {text}: it must be NAME=FILE:NFE, and every NAME once")
         files[name] = (path, int(nfe))
@@ -316,9 +316,7 @@ def main(argv=None):
     held_out = Images(args.held_out or data / "held-out", size)
     if not train.classes == held_out.classes == latents.classes:
         raise InputError(f"{train.path}, {held_out.path} and the latents must have the same classes")
-    encoder = Encoder(about["id"], size, about["encoder_size"], latents.description["precision"]).to(device)
-    if encoder.digest != about["sha256"]:
-        raise InputError(f"the encoder {about['id']} has other weights than the latents' encoder: encode again")
+    encoder = encoder_of(latents.description).to(device)
     decoder = load_decoder(args.decoder or run / "decoder")[0].to(device).eval()
     if decoder.shape != encoder.shape:
         raise InputError(f"the decoder takes latents {decoder.shape}, the encoder makes {encoder.shape}")

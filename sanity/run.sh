@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on built-in data, from drawn digits to one-step pictures: about 13 minutes on two CPU cores, less on a GPU.
+# The whole method on built-in data, from drawn digits to one-step pictures: about 15 minutes on two CPU cores; on a GPU, six times the steps.
 # Ends with runs/sanity/report.md and runs/sanity/picture.png. A second call goes on where the first was stopped.
 #   SEED=1 ./sanity/run.sh            another seed, in runs/sanity-1
 set -euo pipefail

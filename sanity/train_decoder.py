@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import Encoder, Images, Latents, RowSampler, batches_of  # noqa: E402
+from encode_latents import Images, Latents, RowSampler, batches_of, encoder_of  # noqa: E402
 from model import (  # noqa: E402
     DECODER_PRESETS,
     InputError,
@@ -70,13 +70,9 @@ def quality(decoder, z, x):
 def open_pairs(data_path, folder, device):
     """Latents, the images they were made of, and their encoder; InputError where they do not belong together."""
     latents = Latents(folder)
-    about, settings = latents.description["encoder"], latents.description
-    images = Images(data_path, about["image_size"])
-    encoder = Encoder(about["id"], about["image_size"], about["encoder_size"], settings["precision"]).to(device)
-    if encoder.digest != about["sha256"]:
-        raise InputError(f"the encoder {about['id']} has other weights than the one that made {folder}: encode again")
+    images, encoder = Images(data_path, latents.description["image_size"]), encoder_of(latents.description).to(device)
     few = list(range(0, len(latents), math.ceil(len(latents) / 16)))
-    if torch.equal(images.labels.repeat(2 if settings["flips"] else 1), latents.labels):
+    if torch.equal(images.labels.repeat(2 if latents.description["flips"] else 1), latents.labels):
         with torch.no_grad():
             z, again = latents.__getitems__(few)[0].to(device), encoder(images.__getitems__(few)[0].to(device))
         if (again - z).abs().mean() < 0.1 * latents.stats[1].mean().sqrt():
@@ -158,7 +154,8 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 50) * part
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(average, weights, 1 - min(args.ema, step / (10 + step)))    # soon forgets the random start
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1 - min(args.ema, step / (10 + step)))     # soon forgets the random start
         report = step % max(1, args.steps // 10) == 0 or step == args.steps
         save = step % args.save_every == 0 or step == args.steps
         if (report or save) and not torch.stack(torch._foreach_norm([*weights, *average])).isfinite().all():

@@ -138,7 +138,8 @@ def fit():
             kept, inputs = (activations(preset, px, "bf16", checkpointed) for checkpointed in (False, True))
             for checkpointed, row in ((False, kept), (True, inputs + kept / sum(DIT_PRESETS[preset]["depth"]))):   # + a block's own
                 latent = 4 * 768 * (px // 16) ** 2
-                for stage, base, each in (("teacher", 22 * teacher, row), ("CMT", 22 * student + 4 * teacher, row + 17 * latent),
+                pool = 64 * 17 * latent                                           # one group of trajectories: 512 pairs on 8 GPUs
+                for stage, base, each in (("teacher", 22 * teacher, row), ("CMT", 22 * student + 4 * teacher + pool, row + 4 * latent),
                                           ("MFD", 22 * student + 4 * teacher, row + 8 * latent)):
                     room = [int((0.92 * c - 1.5) * 1e9 - base) // int(4 * each) * 4 for c in cards]
                     print(f"| {px} | {preset} | {stage} | {'yes' if checkpointed else 'no'} | {base / 1e9:.1f} | {each / 1e9:.3f} | "

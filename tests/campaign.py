@@ -1,7 +1,7 @@
 """Killed, cut, turned bits, full disks: what docs/RELIABILITY.md promises, tried. About half an hour on one core; prints Markdown.
 
     python tests/campaign.py                       # all of it, in a temporary folder
-    python tests/campaign.py --parts kill --kills 3
+    python tests/campaign.py --parts kill --kills 3 --commands sample.py
 
 kill: each command is killed (SIGKILL) at random times, resumed each time, and must end with the very files of an undisturbed run.
 damage: a bit turned, or the end cut, in a copy of each kind of file we write: the next command must name it, or do without it.
@@ -74,10 +74,10 @@ def files(folder, pattern):
             for path in sorted(folder.glob(pattern)) if path.suffix not in (".json", ".jsonl")}
 
 
-def kill(home, kills, rng):
+def kill(home, commands, kills, rng):
     print("| command | undisturbed, s | killed | while | files | bit-identical |\n|---|---|---|---|---|---|", flush=True)
-    for script, (_, pattern) in STAGES.items():
-        calm, wild = home / "calm", home / "wild"
+    for script in commands:
+        pattern, calm, wild = STAGES[script][1], home / "calm", home / "wild"
         start = time.monotonic()
         assert run(*command(script, home, calm))[0] == 0
         seconds, killed, writing = time.monotonic() - start, 0, 0
@@ -139,10 +139,10 @@ def damage(home, rng):
         print(f"| `{name}` | {sum(seen['turned'])} noticed | {sum(seen['cut'])} noticed | {said} |", flush=True)
 
 
-def disk(home):
+def disk(home, commands):
     print("| command | disk | it says | status | with space made | the same files |\n|---|---|---|---|---|---|", flush=True)
-    for script, (_, pattern) in STAGES.items():
-        calm, small = home / "calm", home / "small"
+    for script in commands:
+        pattern, calm, small = STAGES[script][1], home / "calm", home / "small"
         assert run(*command(script, home, calm))[0] == 0
         small.mkdir()
         # room for two thirds of what the command leaves there, in megabytes
@@ -167,6 +167,8 @@ def disk(home):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("kill", "damage", "disk"), default=["kill", "damage", "disk"], help="(default: all)")
+    parser.add_argument("--commands", nargs="+", choices=STAGES, default=list(STAGES),
+                        help="that are killed and given small disks (default: all)")
     parser.add_argument("--kills", type=int, default=20, help="of each command (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of times and places (default %(default)s)")
     args = parser.parse_args()
@@ -175,7 +177,8 @@ def main():
         prepare(home)
         for part in args.parts:
             print(f"\n{part}\n", flush=True)
-            {"kill": lambda: kill(home, args.kills, rng), "damage": lambda: damage(home, rng), "disk": lambda: disk(home)}[part]()
+            {"kill": lambda: kill(home, args.commands, args.kills, rng), "damage": lambda: damage(home, rng),
+             "disk": lambda: disk(home, args.commands)}[part]()
 
 
 if __name__ == "__main__":

@@ -166,11 +166,11 @@ def test_fine_tuning(home, tmp_path):
     assert changed == [set(), {"y_embedder.embedding_table.weight"}]
 
 
-def lively(home, folder):
+def lively(home, folder, seed=0):
     """The teacher with random numbers added to its weights: after a few steps from zero, labels hardly change what it says."""
     teacher, config, stats = model.load_network(home / "teacher")
     for p in teacher.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + seed))
     model.save_network(folder, teacher.state_dict(), config, stats)
     return folder
 
@@ -264,6 +264,10 @@ def test_mistakes(home, tmp_path):
         ("train_cmt.py", ["--teacher", home / "teacher", "--batch-size", 32, "--pairs", 20, "--out", new], "--pairs"),
         ("train_teacher.py", ["--latents", home / "latents", "--out", home / "teacher"], "another run"),
         ("train_teacher.py", ["--latents", home / "latents", "--out", home / "cmt", "--resume"], "another run"),
+        ("train_teacher.py", ["--latents", home / "latents", "--out", new, "--log-every", 0], "at least 1"),
+        ("train_teacher.py", ["--latents", home / "latents", "--out", new, "--time-shift", 0], "--time-shift above 0"),
+        ("train_cmt.py", ["--teacher", home / "teacher", "--out", new, "--pairs", 0], "--pairs"),
+        ("train_meanflow.py", ["--latents", home / "latents", "--out", new, "--eta", 1, 0.5, 0], "--eta"),
         ("sample.py", [home / "latents"], "config.json"),
     ]
     for script, argv, words in expected:
@@ -285,6 +289,41 @@ def test_networks_that_do_not_fit(home, tmp_path):
     fails("latents", network={"in_channels": 16})
     fails("4 classes", network={"num_classes": 4})
     fails("statistics", shift=0.1)
+    model.write_tensors(tmp_path / "stats.safetensors", {"mean": torch.zeros(12, 8, 8), "var": torch.ones(12, 8, 8)})
+    model.write_tensors(tmp_path / "uneven.safetensors", {"mean": torch.zeros(12), "var": torch.ones(12, 4, 4)})
+    for stage in STAGES:
+        for name in ("stats", "uneven"):
+            with pytest.raises(model.InputError, match=r"holds statistics \(12.*needed are \(12, 4, 4\)"):
+                train(home, stage, tmp_path / "out", "--stats", tmp_path / f"{name}.safetensors")
+    with pytest.raises(model.InputError, match="weak"):
+        train(home, "cmt", tmp_path / "out", "--guidance", "2", "--weak-teacher", tmp_path / "weak")
+    assert not (tmp_path / "out").exists()                                        # the corrected command is free to go there
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_has_no_graph(home, tmp_path, monkeypatch, stage):
+    """It would grow with every step, and never be freed."""
+    end_step, seen = STAGES[stage].Run.end_step, []
+
+    def looking(run, *rest):
+        seen.extend(average.requires_grad for average in run.average)
+        end_step(run, *rest)
+    monkeypatch.setattr(STAGES[stage].Run, "end_step", looking)
+    train(home, stage, tmp_path / "out")
+    assert len(seen) > 6 and not any(seen)
+
+
+def test_what_a_resumed_run_may_change(home, tmp_path):
+    train(home, "teacher", tmp_path / "out")
+    train(home, "teacher", tmp_path / "out", "--resume", "--steps", "8", "--lr", "1e-4", "--lr-final", "1e-5", "--clip", "0.5")
+    assert log(tmp_path / "out")[-1]["lr"] == pytest.approx(1e-5)                 # reached at the last step
+    with pytest.raises(model.InputError, match="another run.*seed 0, now 1"):
+        train(home, "teacher", tmp_path / "out", "--resume", "--seed", "1")
+
+
+def test_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert model.provenance()["commit"] is None
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "model.py"))
@@ -360,3 +399,12 @@ def test_sampling_from_what_was_trained(home, tmp_path):
     assert run("teacher", "--nfe", "4", "--solver", "heun")[0].shape == images.shape
     with pytest.raises(model.InputError, match="other settings"):
         run("a", "--seed", "7")
+    for network, more, words in (("decoder", [], "a teacher or a student"), ("teacher", ["--labels", "1,x"], "--labels"),
+                                 ("teacher", ["--weak-teacher", str(home / "teacher")], "does nothing without --guidance")):
+        with pytest.raises(model.InputError, match=words):
+            sample.main([f"{tmp_path}/{network}", "--decoder", f"{tmp_path}/decoder", "--out", f"{tmp_path}/no.npz", *more])
+    assert not list(tmp_path.glob("no.*"))
+    run("lively", "--nfe", "4")                                                   # is there: nothing to do
+    lively(home, tmp_path / "teacher", seed=1)
+    with pytest.raises(model.InputError, match="other settings or weights"):
+        run("lively", "--nfe", "4")                                               # the network has been trained on since
