@@ -34,27 +34,28 @@ for file, part in (("train", slice(None, -200)), ("held-out", slice(-200, None))
 PYTHON
 }
 
+TWO="env OMP_NUM_THREADS=1 $PYTHON -m torch.distributed.run --nproc_per_node=2"      # a process on each of two cores
 COMMON="--seed 0 --log-every 200 --save-every 500 --keep 1 --resume"
 [ -e "$RUN/held-out.zip" ] || split
 stage encode "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RUN/latents" --image-size 32 --encoder-size 32 --batch-size 256 \
     --flips --encoder random:width=48,depth=2,heads=4,patch=4,seed=0
 stage decoder "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --latents "$RUN/latents" --out "$RUN/decoder" --noise 0.5 \
     --steps 2000 --resume
-stage teacher "$PYTHON" train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
+stage teacher $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
     --steps 16000 --batch-size 32 --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 $COMMON
-stage CMT "$PYTHON" train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
+stage CMT $TWO train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
     --steps 1000 --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.995 $COMMON
 WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
-stage MFD "$PYTHON" train_meanflow.py --latents "$RUN/latents" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
+stage MFD $TWO train_meanflow.py --latents "$RUN/latents" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
     --steps 4200 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.998 $WEIGHT $COMMON
-stage MFT "$PYTHON" train_meanflow.py --latents "$RUN/latents" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
+stage MFT $TWO train_meanflow.py --latents "$RUN/latents" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
     --steps 200 --batch-size 64 --lr 3e-5 --lr-final 5e-6 --ema 0.99 $WEIGHT $COMMON
 
 SAMPLES=()
 for sample in "teacher 50" "teacher 1" "CMT 1" "MFD 1" "MFD 2" "MFT 1"; do
     read -r name nfe <<< "$sample"
     file=$RUN/samples/${name,,}_$nfe.npz
-    stage "sample $sample" "$PYTHON" sample.py "$RUN/${name,,}" --decoder "$RUN/decoder" --nfe "$nfe" --num-samples 5000 --batch-size 250 --out "$file"
+    stage "sample $sample" $TWO sample.py "$RUN/${name,,}" --decoder "$RUN/decoder" --nfe "$nfe" --num-samples 5000 --batch-size 250 --out "$file"
     SAMPLES+=("$sample=$file:$nfe")
 done
 "$PYTHON" sanity/report.py --run "$RUN" --data "$RUN/train.zip" --held-out "$RUN/held-out.zip" --classifier-steps 1500 --samples "${SAMPLES[@]}"
