@@ -42,12 +42,12 @@ stage encode "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RU
 stage decoder "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --latents "$RUN/latents" --out "$RUN/decoder" --noise 0.5 \
     --steps 2000 --resume
 stage teacher $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
-    --steps 16000 --batch-size 32 --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 $COMMON
+    --steps 20000 --batch-size 32 --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 $COMMON
 stage CMT $TWO train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
     --steps 1000 --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.995 $COMMON
 WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
 stage MFD $TWO train_meanflow.py --latents "$RUN/latents" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
-    --steps 4200 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.998 $WEIGHT $COMMON
+    --steps 6000 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.998 $WEIGHT $COMMON
 stage MFT $TWO train_meanflow.py --latents "$RUN/latents" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
     --steps 200 --batch-size 64 --lr 3e-5 --lr-final 5e-6 --ema 0.99 $WEIGHT $COMMON
 
