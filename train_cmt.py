@@ -1,9 +1,9 @@
 """Stage 2: consistency mid-training (CMT, arXiv 2509.24526), the start of every few-step student here.
 
 Learns long jumps along the teacher's own trajectories. From noise z_1 the teacher's PF-ODE is solved on the shifted grid
-1 = t_N > ... > t_0 = 0; between any two of its points, t_i > t_j, the student regresses the mean velocity,
+1 = t_0 > t_1 > ... > t_N = 0; between any two of its points, at t = t_i and s = t_j < t, the student regresses the mean velocity,
 
-    || h(z_{t_i}, t_i, t_j, y) - (z_{t_i} - z_{t_j}) / (t_i - t_j) ||^2.
+    || h(z_t, t, s, y) - (z_t - z_s) / (t - s) ||^2.
 
 No images are needed: only noise, labels and the teacher, whose weights the student starts from (the embedding of t - s is new and
 starts at zero). The times are the true ones of the solver's grid.
@@ -17,6 +17,7 @@ Defaults are those of MF-RAE (arXiv 2511.13019) for ImageNet at 256 px.
 """
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -175,8 +176,10 @@ class Run:
             net.compile()
         if self.world == 1:
             return net
-        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                                       gradient_as_bucket_view=True)
+        parallel.broadcast_buffers = False                                        # tables that never change
+        return parallel
 
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
@@ -209,32 +212,34 @@ class Run:
         if stop:
             if self.world > 1:
                 dist.all_reduce(stop)                                             # torchrun ends all when one ends: rank 0 has saved
-            print(f"stopped after step {self.step}: the same command with --resume goes on")
+            if self.rank == 0:
+                print(f"stopped after step {self.step}: the same command with --resume goes on", flush=True)
             sys.exit(128 + int(stop))
 
     def log(self):
-        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
+        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest finite. Non-finite: stop."""
         table = torch.stack([torch.stack([x.float() for x in numbers.values()]) for numbers in self.numbers])
         mean = table.mean(0)
         if self.world > 1:
             dist.all_reduce(mean)
             mean /= self.world
-        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)), "grad_norm_max": table[:, -1].max().item()}
+        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)),
+                "grad_norm_max": table[:, -1].nan_to_num(0, 0).max().item()}
         now = time.perf_counter()
         rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
         self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
         if self.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        if not torch.isfinite(mean).all():
-            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
-                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
         if self.rank == 0:
-            text = json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items()})
+            text = json.dumps({k: v if k == "step" else float(f"{v:.6g}") if math.isfinite(v) else None for k, v in line.items()})
             if not self.args.synthetic:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(text + "\n")
             tqdm.write(text)
+        if not torch.isfinite(mean).all():
+            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
+                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
 
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
@@ -293,7 +298,7 @@ def parse_args(argv=None):
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
         help="bf16: autocast, weights stay float32 (default: bf16 on a GPU, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, about 1 F more")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, one more forward pass")
     add("--log-every", type=int, default=50, metavar="STEPS", help="steps between lines of log.jsonl (default %(default)s)")
     add("--save-every", type=int, default=5000, metavar="STEPS", help="steps between states (default %(default)s)")
     add("--keep", type=int, default=2, help="newest states kept (default %(default)s)")

@@ -13,6 +13,7 @@ Defaults are those of RAE (arXiv 2510.11690) for ImageNet at 256 px.
 """
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -129,8 +130,10 @@ class Run:
             net.compile()
         if self.world == 1:
             return net
-        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                                       gradient_as_bucket_view=True)
+        parallel.broadcast_buffers = False                                        # tables that never change
+        return parallel
 
     def lr(self):
         """Constant, then linear to --lr-final at the last step."""
@@ -163,32 +166,34 @@ class Run:
         if stop:
             if self.world > 1:
                 dist.all_reduce(stop)                                             # torchrun ends all when one ends: rank 0 has saved
-            print(f"stopped after step {self.step}: the same command with --resume goes on")
+            if self.rank == 0:
+                print(f"stopped after step {self.step}: the same command with --resume goes on", flush=True)
             sys.exit(128 + int(stop))
 
     def log(self):
-        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest. Non-finite: stop."""
+        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest finite. Non-finite: stop."""
         table = torch.stack([torch.stack([x.float() for x in numbers.values()]) for numbers in self.numbers])
         mean = table.mean(0)
         if self.world > 1:
             dist.all_reduce(mean)
             mean /= self.world
-        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)), "grad_norm_max": table[:, -1].max().item()}
+        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)),
+                "grad_norm_max": table[:, -1].nan_to_num(0, 0).max().item()}
         now = time.perf_counter()
         rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
         self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
         if self.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        if not torch.isfinite(mean).all():
-            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
-                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
         if self.rank == 0:
-            text = json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in line.items()})
+            text = json.dumps({k: v if k == "step" else float(f"{v:.6g}") if math.isfinite(v) else None for k, v in line.items()})
             if not self.args.synthetic:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(text + "\n")
             tqdm.write(text)
+        if not torch.isfinite(mean).all():
+            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
+                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
 
     def save(self):
         """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
@@ -242,7 +247,7 @@ def parse_args(argv=None):
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
         help="bf16: autocast, weights stay float32 (default: bf16 on a GPU, fp32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, about 1 F more")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, one more forward pass")
     add("--log-every", type=int, default=50, metavar="STEPS", help="steps between lines of log.jsonl (default %(default)s)")
     add("--save-every", type=int, default=5000, metavar="STEPS", help="steps between states (default %(default)s)")
     add("--keep", type=int, default=2, help="newest states kept (default %(default)s)")

@@ -52,10 +52,10 @@ def main(argv=None):
         ax.remove()
     for ax, key in zip(axes.flat, keys, strict=False):
         for run, log in logs.items():
-            points = [(line["step"], line[key]) for line in log if key in line]
+            points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
             ax.plot(*zip(*points, strict=True), label=run, linewidth=1) if points else None
-        values = [line[key] for log in logs.values() for line in log if key in line]
-        if min(values) > 0 and max(values) > 20 * min(values):
+        values = [line[key] for log in logs.values() for line in log if line.get(key) is not None]
+        if values and min(values) > 0 and max(values) > 20 * min(values):
             ax.set_yscale("log")
         ax.set_title(key, fontsize=10)
         ax.set_xlabel("step", fontsize=8)

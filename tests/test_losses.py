@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from baselines import meanflow_all_rows, meanflow_as_published
+from baselines import meanflow_all_rows, meanflow_as_published, meanflow_exact
 from test_model import same
 
 import train_cmt
@@ -46,7 +46,7 @@ def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
 
 @pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
 def test_published_exact_derivative(figures, published, eta, name):
-    """dh/dt and the target themselves, read off the loss: with h = 0 its error is the target; with t - s doubled ... (see below)."""
+    """dh/dt itself, as the loss takes it, element by element."""
     p, net = published, published["student"]
     dh_dt = []
     meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, "jvp",
@@ -203,15 +203,17 @@ def test_mft_has_mfds_gradient_in_expectation():
     assert error < 0.04 * torch.stack(size).mean().abs()                           # the test can see a bias of 16%
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
-def test_proposition_3_1(eta):
+@pytest.mark.parametrize("eta", [1.0, 0.75, 0.5, 0.25, 0.0])
+@pytest.mark.parametrize("theta, bias", [(0.2, 0.3), (0.0, 0.3), (0.0, 0.0)])
+def test_proposition_3_1(eta, theta, bias):
     """E || h - u_eta ||^2 = || h - u_v - eta M (v_phi - v) ||^2 + (1 - eta)^2 E || M (v_hat - v) ||^2, M = 1 - (t - s) dh/dz.
 
-    The one-point velocity's variance given z_t is sigma^2 / S(t) per element; the teacher is off by a constant."""
-    n, bias = 40_000, 0.3
+    The one-point velocity's variance given z_t is sigma^2 / S(t) per element; the teacher is off by a constant, the student by another. At
+    the exact student the first part is the teacher's bias alone; with an exact teacher too, the second is all there is. `pytest -s -k
+    proposition` prints the rows of docs/METHOD.md."""
+    n = 40_000
     z_0, eps, _ = gaussian(n)
     t, s = torch.full((n,), 0.8, dtype=torch.double), torch.full((n,), 0.3, dtype=torch.double)
-    theta = 0.2
     h = lambda z, t, s, y: h_exact(z, t, s) + theta  # noqa: E731  (its u_v is that of h_exact: theta is constant)
     losses = []
     for part in range(20):
@@ -220,8 +222,113 @@ def test_proposition_3_1(eta):
     losses = torch.stack(losses)
     slope = 1 - (spread(0.3) / spread(0.8)) ** 0.5     # (t - s) dh/dz
     m = float(1 - slope)
-    expected = (theta - eta * m * bias) ** 2 + (1 - eta) ** 2 * m ** 2 * SIGMA ** 2 / spread(0.8)
-    assert abs(float(losses.mean()) - expected) < 4 * float(losses.std()) / 20 ** 0.5 + 1e-12, (losses.mean(), expected)
+    parts = (theta - eta * m * bias) ** 2, (1 - eta) ** 2 * m ** 2 * SIGMA ** 2 / spread(0.8)
+    measured, error = float(losses.mean()), float(losses.std()) / 20 ** 0.5
+    print(f"| {eta} | {theta} | {bias} | {parts[0]:.5f} | {parts[1]:.5f} | {sum(parts):.5f} | {measured:.5f} ± {error:.5f} |")
+    assert abs(measured - sum(parts)) < 4 * error + 1e-12
+
+
+# ---- closed form of the velocity alone, where nothing is linear: a mixture of Gaussians N(m_k, SIGMA^2) ---------------------------
+CENTRES = torch.tensor([[1.0, 0.0], [-0.8, 0.6], [-0.5, -1.1]], dtype=torch.double)
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
+
+
+def v_mixture(z, t, y=None):
+    """sum_k r_k v_k, with v_k the velocity of the component k and r_k its probability given z_t; z: (B, 2, 1, 1)."""
+    z, t = z.flatten(1), t[:, None]
+    off = z[:, None] - (1 - t)[..., None] * CENTRES                                # (B, K, 2)
+    r = (WEIGHTS.log() - off.square().sum(2) / (2 * spread(t))).softmax(dim=1)
+    v_k = -CENTRES + ((t - (1 - t) * SIGMA ** 2) / spread(t))[..., None] * off
+    return (r[..., None] * v_k).sum(1)[:, :, None, None]
+
+
+def h_mixture(z, t, s, y=None, steps=100):
+    """The mean velocity (z_t - z_s) / (t - s) by Runge-Kutta steps of fourth order: of each row over its own [s, t]."""
+    x, d = z, (s - t) / steps
+    d_ = d[:, None, None, None]
+    for k in range(steps):
+        a = t + k * d
+        k1 = v_mixture(x, a)
+        k2 = v_mixture(x + d_ / 2 * k1, a + d / 2)
+        k3 = v_mixture(x + d_ / 2 * k2, a + d / 2)
+        k4 = v_mixture(x + d_ * k3, a + d)
+        x = x + d_ / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    gap = (t - s)[:, None, None, None]
+    return torch.where(gap == 0, v_mixture(z, t), (z - x) / torch.where(gap == 0, 1, gap))
+
+
+def mixture(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    k = torch.multinomial(WEIGHTS, n, replacement=True, generator=g)
+    z_0, eps = torch.randn(2, n, 2, generator=g, dtype=torch.double)
+    return (CENTRES[k] + SIGMA * z_0)[:, :, None, None], eps[:, :, None, None]
+
+
+def test_flow_matching_minimum_of_a_mixture():
+    """The loss's gradient in directions 1, z, sin 3z is zero at the mixture's velocity, and not at the best affine one."""
+    n = 200_000
+    z_0, eps = mixture(n)
+    basis = [lambda z: torch.ones_like(z), lambda z: z, lambda z: (3 * z).sin()]
+
+    def gradient(v, t):
+        c = torch.zeros(len(basis), dtype=torch.double, requires_grad=True)
+        loss = flow_matching_loss(lambda z, t, y: v(z, t) + sum(a * f(z) for a, f in zip(c, basis, strict=True)), z_0, eps, t, None)[0]
+        return torch.autograd.grad(loss, c)[0].abs().max()
+    for time in (0.2, 0.5, 0.8):
+        t = torch.full((n,), time, dtype=torch.double)
+        z_t = (1 - time) * z_0 + time * eps
+        line = torch.stack([torch.ones(2 * n), z_t.flatten()], dim=1).double()
+        a, b = torch.linalg.lstsq(line, (eps - z_0).flatten()).solution
+        assert gradient(v_mixture, t) < 0.015                                     # 4 standard errors, at most, of 2 * 1.5 / sqrt(2 n)
+        assert gradient(lambda z, t, a=a, b=b: a + b * z, t) > 0.1 or time > 0.5  # near noise the velocity is nearly affine
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_cmt_target_of_a_mixture(solver, order):
+    z_1, errors = mixture(16)[1], []
+    for steps in (128, 256, 512):
+        times = ode_times(steps, 3.0)
+        points = solve_ode(v_mixture, z_1, times, solver)
+        t, s = (torch.full((16,), times[k], dtype=torch.double) for k in (steps // 4, steps * 3 // 4))
+        errors.append(float(consistency_loss(h_mixture, points[steps // 4], points[steps * 3 // 4], t, s, None)[1]["mse"]) ** 0.5)
+    for a, b in zip(errors, errors[1:], strict=False):
+        assert order - 0.25 < math.log2(a / b) < order + 0.25, errors
+
+
+def test_mean_velocity_of_a_mixture_satisfies_the_identity():
+    """MFD's error is zero there: exactly with the exact derivative (to the solver's rounding), of second order in D with finite ones."""
+    z_0, eps = mixture(32)
+    t, s = pairs_of_times(32)
+    y = torch.zeros(32)
+    assert meanflow_loss(h_mixture, v_mixture, z_0, eps, t, s, y)[1]["mse"] < 1e-14
+    assert meanflow_loss(lambda z, t, s, y: h_mixture(z, t, s) + 0.01 * z, v_mixture, z_0, eps, t, s, y)[1]["mse"] > 1e-5
+    t, s = t.clamp(max=0.9), torch.minimum(s, t.clamp(max=0.9) - 0.1)
+    errors = [float(meanflow_loss(h_mixture, v_mixture, z_0, eps, t, s, y, derivative="fd", delta_t=d)[1]["mse"]) ** 0.5
+              for d in (0.02, 0.01, 0.005)]
+    assert all(1.8 < math.log2(a / b) < 2.2 for a, b in zip(errors, errors[1:], strict=False)), errors
+
+
+# ---- precision ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("derivative", ["fd", "jvp"])
+def test_precision_of_the_derivative(derivative):
+    """Finite differences run in true float32 whatever is set around them, the exact derivative in what is; afterwards all is as before."""
+    seen = []
+
+    def h_fixed(z, t, s, y):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
+        return z * t[:, None, None, None]
+    z_0, eps = torch.randn(2, 4, *SHAPE)
+    t, s = torch.full((4,), 0.8), torch.full((4,), 0.3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            meanflow_loss(lambda z, t, s, y: z, lambda z, t, y: z, z_0, eps, t, s, torch.zeros(4), derivative=derivative, h_fixed=h_fixed)
+            assert torch.is_autocast_enabled("cpu")
+        assert set(seen) == {(False, "highest") if derivative == "fd" else (True, "high")}
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- the weight of a sample ----------------------------------------------------------------------------------------------------
@@ -244,9 +351,11 @@ def test_weights():
 
 # ---- the cheap step against the straightforward ones --------------------------------------------------------------------------
 @pytest.mark.parametrize("eta", [1, 0.3, 0])
-@pytest.mark.parametrize("oracle", [meanflow_as_published, meanflow_all_rows])
-def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, oracle, eta):
-    """Derivative under autograd and for all rows, or without gradient and for one row in four: the same gradient, to 1e-6."""
+@pytest.mark.parametrize("oracle, derivative", [(meanflow_as_published, "fd-central"), (meanflow_as_published, "fd"),
+                                                (meanflow_all_rows, "fd-central"), (meanflow_exact, "jvp")])
+def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, oracle, derivative, eta):
+    """Derivative under autograd and for all rows, or without gradient and for one row in four: the same gradient, to 1e-6. (The times
+    leave room for the central stencil, which "fd" then takes too.)"""
     torch.manual_seed(0)
     net, v = published["student"], published["teacher"]
     z, eps = torch.randn(2, 8, *net.shape).double()
@@ -255,7 +364,7 @@ def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, 
     y = torch.arange(8) % net.num_classes
     h = lambda z, t, s, y: net(z, t, y, s)  # noqa: E731
     gradients = []
-    for loss in (oracle(h, v, z, eps, t, s, y, eta), meanflow_loss(h, v, z, eps, t, s, y, eta, "fd-central", rows=slice(0, None, 4))[0]):
+    for loss in (oracle(h, v, z, eps, t, s, y, eta), meanflow_loss(h, v, z, eps, t, s, y, eta, derivative, rows=slice(0, None, 4))[0]):
         net.zero_grad()
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})

@@ -223,7 +223,10 @@ def test_trajectory_pool(home):
             pool.renew(step // pool.quarter + 3)
         z_t, z_s, t, s, y, age = pool.pairs(step, (0, 16), 8)
         assert (age >= 0).all() and (age < 8).all() and (t > s).all()
-        assert {float(x) for x in torch.cat([t, s])} <= {float(torch.tensor(x)) for x in times}
+        for row in range(16):                     # both points and the label are of one trajectory of the row's group, at these times
+            group, i, j = row // 8, *((pool.times == x[row]).nonzero().item() for x in (t, s))
+            assert any(torch.equal(pool.points[group, slot, i], z_t[row]) and torch.equal(pool.points[group, slot, j], z_s[row])
+                       and pool.y[group, slot] == y[row] for slot in range(8))
     assert sum(solved) == 2 * (8 + 9 * 2)         # a trajectory per group and step on average: 9 renewals of a quarter
     again = train_cmt.TrajectoryPool(solve, teacher.shape, times, range(2), 8, 0, 3, 0.1, 19, torch.device("cpu"))
     assert torch.equal(again.points, pool.points) and torch.equal(again.born, pool.born)      # what a resumed run rebuilds
@@ -234,13 +237,73 @@ def test_trajectory_pool(home):
     assert torch.allclose(z[i + 1], step, atol=1e-6)
 
 
-def test_rows_with_a_jump(home):
-    """Every fourth row of the draw has s < t, so each micro-batch its share; where s = t, t is the larger of two."""
-    u = train_meanflow.draw(0, 0, (0, 4000), (1, 1, 1), torch.device("cpu"))[0]
-    s, t = model.time_shift(u, 6.93).sort(dim=1).values.unbind(1)
-    assert t.mean() == pytest.approx(0.90, abs=0.01)                              # METHOD: mean t 0.90
-    again = train_meanflow.draw(0, 0, (2000, 2008), (1, 1, 1), torch.device("cpu"))
-    assert torch.equal(again[0], u[2000:2008])
+def watch(monkeypatch, module, name):
+    """The arguments that the stage gives its loss, call by call."""
+    loss, calls = getattr(module, name), []
+
+    def watching(*args, **more):
+        calls.append([*args, more])
+        return loss(*args, **more)
+    monkeypatch.setattr(module, name, watching)
+    return calls
+
+
+def is_normalized(z):
+    """Data of 36 images, seen some 57 times each: mean 0 and variance 1 for each channel and position."""
+    return z.mean(0).abs().max() < 0.1 and (z.var(0) - 1).abs().max() < 0.15
+
+
+def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
+    """Every fourth row has s < t, the others s = t, t being the larger of two shifted draws; labels dropped once; eta's schedule; z_0."""
+    calls = watch(monkeypatch, train_meanflow, "meanflow_loss")
+    train(home, "meanflow", tmp_path / "out", "--steps", "3", "--batch-size", "2048", "--micro-batch", "1024", "--time-shift", "6.93")
+    assert len(calls) == 6
+    for i, (_, _, _, eps, t, s, y, eta, *_, more) in enumerate(calls):
+        assert more["rows"] == slice(None, None, 4)
+        assert (s[::4] < t[::4]).all() and all(torch.equal(s[k::4], t[k::4]) for k in (1, 2, 3))
+        assert t.mean() == pytest.approx(0.90, abs=0.02) and s[::4].mean() < 0.8                  # METHOD: mean t 0.90
+        assert 0.06 < (y == 3).float().mean() < 0.14
+        assert eta == pytest.approx(1 - 0.25 * (i // 2))                                          # 1 to 0.5 over three steps
+        assert eps.mean().abs() < 0.02 and abs(eps.std() - 1) < 0.02
+    assert is_normalized(torch.cat([calls[0][2], calls[1][2]]))
+    assert not torch.equal(calls[0][3], calls[1][3]) and not torch.equal(calls[0][3], calls[2][3])
+
+
+@pytest.mark.parametrize("law, mean", [("uniform", 0.676), ("logit-normal", 0.7145)])
+def test_what_the_teacher_trains_on(home, tmp_path, monkeypatch, law, mean):
+    """t: one shifted draw, whose mean at a = 3 is 3/2 - 3/4 ln 3 = 0.676 for a uniform u (logit-normal: by simulation)."""
+    calls = watch(monkeypatch, train_teacher, "flow_matching_loss")
+    train(home, "teacher", tmp_path / "out", "--steps", "1", "--batch-size", "2048", "--micro-batch", "2048", "--time-draw", law)
+    (_, z_0, eps, t, y, _), = calls
+    assert t.mean() == pytest.approx(mean, abs=0.02) and 0 <= t.min() and t.max() <= 1
+    assert 0.07 < (y == 3).float().mean() < 0.13 and is_normalized(z_0)
+
+
+OPTIONS = [("teacher", ["--checkpoint-activations"], "same"), ("meanflow", ["--checkpoint-activations"], "same"),
+           ("cmt", ["--solver", "heun"], "other"), ("meanflow", ["--derivative", "fd"], "near"),
+           ("teacher", ["--precision", "bf16"], "near"), ("cmt", ["--precision", "bf16"], "near"),
+           ("meanflow", ["--precision", "bf16"], "near"), ("meanflow", ["--precision", "bf16", "--derivative", "fd"], "near"),
+           ("teacher", ["--compile"], "same"), ("cmt", ["--compile"], "same"), ("meanflow", ["--compile"], "same"),
+           ("meanflow", ["--compile", "--derivative", "fd"], "near")]
+
+
+@pytest.mark.parametrize("stage, flags, effect", OPTIONS, ids=[" ".join([stage, *flags]) for stage, flags, _ in OPTIONS])
+def test_options(home, tmp_path, monkeypatch, stage, flags, effect):
+    """What a flag does to the weights after two steps: nothing but rounding, a little, or more. Compiled: graphs captured and run as
+    they are, so that no compiler is needed."""
+    if "--compile" in flags:
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **{"backend": "aot_eager", **k}))
+        torch._dynamo.reset()
+    lively(home, tmp_path / "start")
+    start = ["--steps", "2", "--init", tmp_path / "start"] + (["--teacher", tmp_path / "start"] if stage != "teacher" else [])
+    train(home, stage, tmp_path / "default", *start)
+    train(home, stage, tmp_path / "option", *start, *flags)
+    a, b = weights(tmp_path / "default"), weights(tmp_path / "option")
+    before = weights(tmp_path / "start")
+    moved = sum(float((a[k] - before[k]).square().sum()) for k in before) ** 0.5
+    apart = sum(float((a[k] - b[k]).square().sum()) for k in before) ** 0.5 / moved
+    assert {"same": apart < 1e-3, "near": 1e-6 < apart < 0.5, "other": apart > 1e-3}[effect], apart
 
 
 # ---- mistakes: one line, exit status 2, no traceback, nothing half-written -------------------------------------------------------

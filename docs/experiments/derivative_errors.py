@@ -3,8 +3,9 @@
     python docs/experiments/derivative_errors.py --run runs/sanity        # a run with latents, teacher and mfd in it; a minute on a CPU
 
 Rows are the training's: real latents, shifted times s < t, the teacher's velocity as tangent. Prints Markdown: the norm of the error
-over the norm of dh/dt, all rows together, and in brackets the median over rows. The networks are evaluated in the precision named, all
-else in that of the first column's latents: float32 is what `--derivative fd` does whatever the autocast.
+over the norm of dh/dt, all rows together, and in brackets the median over rows. The networks are evaluated in the precision named;
+everything else is float32 (float64 in the first column). Training never takes finite differences in bf16 or TF32: `--derivative fd`
+is float32, whatever the autocast.
 """
 import argparse
 import sys
