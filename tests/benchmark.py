@@ -1,15 +1,16 @@
 """What a step costs, on the machine at hand.
 
-    python tests/benchmark.py                          # each stage's step, sampling, the reader: minutes on a GPU, 20 on two CPU cores
+    python tests/benchmark.py                          # each stage's step, sampling, the reader: minutes on a GPU, hours on two CPU cores
     python tests/benchmark.py --preset DiTDH-XL --precision bf16 --compile --micro-batch 32 --json xl.json
     python tests/benchmark.py --table                  # parameters and multiply-adds of every preset, counted on the meta device
     python tests/benchmark.py --fit                    # the largest micro-batch for cards, presets and stages, computed
     python tests/benchmark.py --metrics                # eval_fid.py's metrics of 50,000 x 2048 features (minutes on a CPU)
 
 F is one forward pass of the student for the same batch, without gradient. Steps are forward and backward of the stages' own losses, random
-data and weights; optimizer and average are timed apart. Everything is repeated in rounds, one after another, so that a busy machine
-disturbs all alike: medians, and ratios within a round. GMAC: billions of multiply-adds of one image (half of the floating-point
-operations), once with the attention's two products of scores and values, once, as the paper counts, without.
+data and weights; optimizer and average are timed apart. Everything is repeated in rounds, so that a busy machine disturbs all alike:
+medians, and ratios within a round, to the mean of the forward passes before and after a few steps. CMT's drawing of pairs, a gather, is
+left out. GMAC: billions of multiply-adds of one image (half of the floating-point operations), once with the attention's two products of
+scores and values, once, as the paper counts, without.
 """
 import argparse
 import json
@@ -33,6 +34,7 @@ from model import (  # noqa: E402
     DiTDH,
     ViTDecoder,
     default_time_shift,
+    denormalize,
     long_jumps,
     ode_times,
     provenance,
@@ -41,6 +43,7 @@ from model import (  # noqa: E402
     write_json,
     write_tensors,
 )
+from sample import to_uint8  # noqa: E402
 from train_cmt import consistency_loss  # noqa: E402
 from train_meanflow import meanflow_loss  # noqa: E402
 from train_teacher import flow_matching_loss  # noqa: E402
@@ -176,14 +179,22 @@ def seconds_of(function, device):
     return time.perf_counter() - start
 
 
-def rounds(functions, repeats, device):
-    """{name: function} -> {name: [seconds in each round]}, after one round that does not count."""
-    seconds = {name: [] for name in functions}
+def rounds(functions, repeats, device, unit=None, every=3):
+    """{name: function} -> {name: [seconds in each round]}, after one round that does not count; with a function `unit`, also what these are
+    in units of its seconds, the mean of those before and after each group of `every` functions: {name: [ratio in each round]}."""
+    seconds, ratios, names = {name: [] for name in functions}, {name: [] for name in functions}, list(functions)
     for k in range(repeats + 1):
-        for name, function in functions.items():
-            seconds[name].append(seconds_of(function, device))
-            print(f"round {k} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
-    return {name: x[1:] for name, x in seconds.items()}
+        before = seconds_of(unit, device) if unit else 1
+        for i in range(0, len(names), every):
+            for name in names[i:i + every]:
+                seconds[name].append(seconds_of(functions[name], device))
+                print(f"round {k} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
+            after = seconds_of(unit, device) if unit else 1
+            for name in names[i:i + every]:
+                ratios[name].append(seconds[name][-1] / ((before + after) / 2))
+            before = after
+    seconds, ratios = ({name: x[1:] for name, x in part.items()} for part in (seconds, ratios))
+    return (seconds, ratios) if unit else seconds
 
 
 def peak_memory(function, device):
@@ -257,7 +268,7 @@ def steps(args, device):
 
     def meanflow(eta, derivative):
         return step(h, lambda z, eps, t, s, y: meanflow_loss(student, v, z, eps, t, s, y, eta, derivative, rows=slice(None, None, 4),
-                                                             h_fixed=inside, jvp=jvp))
+                                                             h_fixed=inside if derivative == "jvp" else student, jvp=jvp))
 
     @torch.no_grad()
     def forward():
@@ -290,40 +301,59 @@ def steps(args, device):
         "flow matching": step(teacher_to_train, lambda z, eps, t, s, y: flow_matching_loss(teacher_to_train, z, eps, t, y)),
         "CMT, student": step(h, lambda z, eps, t, s, y: consistency_loss(student, eps, z, t, t / 2, y)),
         "CMT, trajectories": trajectories,
-        "MFD, finite differences": meanflow(1, "fd"), "MFD, exact": meanflow(1, "jvp"),
-        "MFT, finite differences": meanflow(0, "fd"), "MFT, exact": meanflow(0, "jvp"),
         # a quarter of the rows at a time, three evaluations of each in a batch: as many rows as the other steps have, or it would not fit
         "MFD (i), as published": step(h, lambda *x: meanflow_as_published(student, v, *x),
                                       [slice(i, i + max(1, micro // 4)) for i in range(0, b, max(1, micro // 4))]),
+        "MFD, finite differences": meanflow(1, "fd"), "MFD, exact": meanflow(1, "jvp"),
         "MFD (ii), derivative of all rows": step(h, lambda *x: meanflow_all_rows(student, v, *x)),
+        "MFT, finite differences": meanflow(0, "fd"), "MFT, exact": meanflow(0, "jvp"),
         "clip, AdamW": optimize, "average": lambda: torch._foreach_lerp_(average, weights, 1e-4)}
-    seconds = rounds(functions, args.repeats, device)
+    seconds, in_f = rounds(functions, args.repeats, device, forward)
     share = b / 64 / count_of_trajectories                          # of `trajectories` for a step: 64 pairs from each
-    seconds["CMT, with its share of trajectories"] = [a + share * c for a, c in zip(seconds["CMT, student"], seconds["CMT, trajectories"],
-                                                                                    strict=True)]
-    f = seconds["forward (F)"]
+    for part in (seconds, in_f):
+        part["CMT, with its share of trajectories"] = [a + share * c for a, c in zip(part["CMT, student"], part["CMT, trajectories"],
+                                                                                     strict=True)]
     peak, source = device_peak(device, args.precision)
     base = 4 * sum(p.numel() * 4 for p in weights)                  # weights, average, two moments: float32
     rows = []
     for name, x in seconds.items():
-        ratios = [a / c for a, c in zip(x, f, strict=True)]
-        row = {"step": name, "seconds": statistics.median(x), "from": min(x), "to": max(x), "F": statistics.median(ratios)}
+        row = {"step": name, "seconds": statistics.median(x), "from": min(x), "to": max(x), "F": statistics.median(in_f[name])}
         if name.startswith("MFD,") or name.startswith("MFD ("):
             for other, key in (("MFD (i), as published", "times (i)"), ("MFD (ii), derivative of all rows", "times (ii)")):
-                row[key] = statistics.median(c / a for a, c in zip(x, seconds[other], strict=True))
+                row[key] = statistics.median(c / a for a, c in zip(in_f[name], in_f[other], strict=True))
         if name in FLOOR:
             row["flops"] = FLOOR[name] * (v_flops if name == "flow matching" else h_flops) / row["seconds"]
             row["utilization"] = row["flops"] / peak
-        if name in functions and name not in ("clip, AdamW", "average", "forward (F)"):
+        if name in functions and name not in ("clip, AdamW", "average", "forward (F)", "MFD (i), as published"):     # a quarter at a time
             row["memory"] = peak_memory(functions[name], device)
             row["with weights, average, moments"] = row["memory"] + base
         row["samples per second"] = None if name in ("clip, AdamW", "average", "CMT, trajectories") else b / row["seconds"]
         rows.append(row)
+    memory = {row["step"]: row["memory"] for row in rows if "memory" in row}
+    for row in rows:
+        if row["step"].startswith("MF") and row["step"] in memory:
+            row["memory, of flow matching's"] = row["memory"] / memory["flow matching"]
     return {"rows": rows, "peak_flops": peak, "peak_source": source, "parameters": sum(p.numel() for p in h.parameters())}
 
 
+def targets(rows):
+    """Markdown: what this project wants of float32 on two CPU cores (DiTDH-S, 256 px, batch 32), and what was measured."""
+    rows = {row["step"]: row for row in rows}
+    wanted = [(name, "F", "at most", limit) for name, limit in (
+        ("flow matching", 3.2), ("CMT, with its share of trajectories", 3.6), ("MFD, finite differences", 5.0), ("MFD, exact", 5.6),
+        ("MFT, finite differences", 4.0), ("MFT, exact", 4.6))]
+    for name in ("MFD, finite differences", "MFD, exact"):
+        wanted += [(name, "times (i)", "at least", 1.8), (name, "times (ii)", "at least", 1.15),
+                   (name, "memory, of flow matching's", "at most", 1.15)]
+    print("| step | | wanted | measured | holds |\n|---|---|---|---|---|")
+    for name, key, bound, limit in wanted:
+        x = rows[name][key]
+        print(f"| {name} | {key} | {bound} {limit} | {x:.2f} | {'yes' if (x <= limit) == (bound == 'at most') else 'NO'} |")
+    print(flush=True)
+
+
 def sampling(args, device):
-    """Images per second at 1 and 2 steps of a student and 50 of a teacher, decoding included."""
+    """Images per second at 1 and 2 steps of a student and 50 of a teacher, from noise to bytes on the host."""
     torch.manual_seed(0)
     sizes = dict(input_size=args.px // 16, in_channels=768, num_classes=1000, **DIT_PRESETS[args.preset])
     v, h = DiTDH(**sizes).to(device).eval(), DiTDH(**sizes, time_difference=True).to(device).eval()
@@ -333,6 +363,7 @@ def sampling(args, device):
             net.compile()
     n = args.sampling_batch
     z, y = torch.randn(n, *h.shape, device=device), torch.randint(1000, (n,), device=device)
+    stats = torch.zeros(h.shape, device=device).double(), torch.ones(h.shape, device=device).double()
 
     def run(nfe):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -340,7 +371,7 @@ def sampling(args, device):
                 z_0 = solve_ode(lambda z, t: v(z, t, y).float(), z, ode_times(50, default_time_shift(v.shape)))[-1]
             else:
                 z_0 = long_jumps(lambda z, t, s: h(z, t, y, s).float(), z, [1 - i / nfe for i in range(nfe + 1)])
-            decoder(z_0)
+            to_uint8(decoder(denormalize(z_0, stats))).cpu()
 
     functions = {f"{nfe} step{'s' * (nfe > 1)}": lambda nfe=nfe: run(nfe) for nfe in (1, 2, 50)}
     seconds = rounds(functions, args.repeats, device)
@@ -395,7 +426,7 @@ def markdown(rows):
     print(flush=True)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", action="store_true", help="parameters and multiply-adds of every preset, nothing else")
@@ -413,7 +444,7 @@ def main():
     add("--checkpoint-activations", action="store_true", help="as in the stages")
     add("--repeats", type=int, default=5, help="rounds that count (default %(default)s)")
     add("--json", help="also write everything to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for chosen, function in ((args.table, table), (args.fit, fit), (args.metrics, metrics)):
         if chosen:
             return function()
@@ -426,6 +457,8 @@ def main():
     if "steps" in args.parts:
         results["steps"] = steps(args, device)
         markdown(results["steps"]["rows"])
+        if device.type == "cpu":
+            targets(results["steps"]["rows"])
         print(f"utilization: of {results['steps']['peak_flops'] / 1e12:.3g} TFLOP/s, {results['steps']['peak_source']}\n")
     if "sampling" in args.parts:
         results["sampling"] = sampling(args, device)

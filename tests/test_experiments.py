@@ -40,8 +40,8 @@ def test_published_ingredients(monkeypatch):
     published.drop_labels()
     seen = []
     net.y_embedder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    for _ in range(2):
-        net(torch.zeros(2000, 4, 2, 2), torch.ones(2000), torch.ones(2000, dtype=torch.long), torch.zeros(2000))
+    for t in (0.7, 0.71):
+        net(torch.zeros(2000, 4, 2, 2), torch.full((2000,), t), torch.ones(2000, dtype=torch.long), torch.zeros(2000))
     dropped = [(y == 3) for y in seen]
     assert all(0.07 < part.float().mean() < 0.13 for part in dropped) and not torch.equal(*dropped)
     published.even_times(train_cmt.TrajectoryPool)
@@ -71,6 +71,7 @@ def test_table(tmp_path, monkeypatch):
             (folder / "log.jsonl").write_text('{"step": 10, "grad_norm_max": 3.0, "mse": 0.5, "seconds": 2.0}\n')
         (tmp_path / exp / "report.json").write_text(run.json.dumps({"rows": rows}))
     lines = run.table("d", (0, 1)).splitlines()
-    assert lines[2] == "| exact, 1 step | 1 | 2 ± 1.4 | 2 ± 0 | 0.5000 ± 0 | 10 | 3 ± 0 | 0.5 ± 0 | 200 ± 0 |"
-    assert "1 of 2 runs not finite" in lines[4] and "| not finite |" in lines[6]
+    assert lines[0] == "2 seeds"
+    assert lines[4] == "| exact, 1 step | 1 | 2 ± 1.4 | 1 ± 0 | 2 ± 0 | 0.5000 ± 0 | 10 | 3 ± 0 | 0.5 ± 0 | 200 ± 0 |"
+    assert "1 of 2 runs not finite" in lines[6] and "| not finite |" in lines[8]
 

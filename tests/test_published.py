@@ -256,3 +256,14 @@ def test_multiply_adds():
         assert got[1:] == (pytest.approx(full, rel=0.005), pytest.approx(linear, rel=0.005))
     linear = benchmark.backbone("DiTDH-XL", 512)[2] + benchmark.decoder("ViT-XL", 512)[2]
     assert linear == pytest.approx(1051, rel=0.005)
+
+
+def test_benchmark_runs(tmp_path, capsys):
+    """Every step is timed and has its row; the reader, which would write a gigabyte, is left out."""
+    import benchmark
+    benchmark.main(["--preset", "DiTDH-mini", "--decoder", "ViT-mini", "--batch-size", "4", "--repeats", "1", "--sampling-batch", "1",
+                    "--parts", "steps", "sampling", "--json", str(tmp_path / "b.json")])
+    results = model.read_json(tmp_path / "b.json")
+    rows = {row["step"]: row for row in results["steps"]["rows"]}
+    assert 2 < rows["flow matching"]["F"] < 6 and rows["MFD, exact"]["memory"] > 0 and rows["MFD, exact"]["times (i)"] > 1
+    assert len(results["sampling"]) == 3 and "| MFD, exact | times (i) |" in capsys.readouterr().out

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import DiTDH, command  # noqa: E402
+from model import DiTDH, command, generator  # noqa: E402
 
 
 def drop_labels():
     forward = DiTDH.forward
 
     def dropping(self, z, t, y, s=None):
-        if s is not None:
-            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.num_classes, y)
+        if s is not None:                         # the times tell steps and evaluations apart: --resume draws the same
+            g = generator(y.device, "dropped again", float(t[0]), float(t[-1]))
+            y = torch.where(torch.rand(len(y), generator=g, device=y.device) < 0.1, self.num_classes, y)
         return forward(self, z, t, y, s)
     DiTDH.forward = dropping
 
@@ -52,5 +53,5 @@ if __name__ == "__main__":
     stage = importlib.import_module(script.stem)
     for name in ingredients:
         {"labels": drop_labels, "embedding": random_embedding, "times": lambda: even_times(stage.TrajectoryPool)}[name]()
-    sys.argv = sys.argv[2:]
+    sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]                           # for run.json's record of the command
     command(stage.main)

@@ -4,11 +4,14 @@
     python docs/experiments/run.py b --seeds 0 1 2                     # -> runs/experiments/b; a second call goes on or prints again
     python docs/experiments/run.py b --list                            # the commands alone
 
-An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time; then 5,000 samples for each number of
-evaluations, then sanity/report.py over all arms of a seed. The settings are the sanity run's but for what the arm says.
+An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time (d, which compares times, wants --jobs 1
+--threads 2); then 5,000 samples for each number of evaluations, then sanity/report.py over all arms of a seed, with one classifier for
+all seeds. The settings are the sanity run's but for what the arm says: gradients are clipped at 1, and the learning rate is higher than
+the published 1e-4. Distances in the encoder's space compare within an experiment only: other latents are another space.
 """
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -23,13 +26,14 @@ from model import InputError, command  # noqa: E402
 
 COMMON = "--seed {seed} --log-every 50 --save-every 500 --keep 1 --resume"
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
-TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 "
+TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 "
            "--latents {run}/latents " + COMMON)
 CMT = "train_cmt.py --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 " + COMMON
 MFD = ("train_meanflow.py --steps 1450 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 --derivative fd "
        "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --latents {run}/latents " + COMMON)      # a later flag overrules an earlier one
 MFT = MFD + " --eta 0"
 PUBLISHED_WEIGHT = "--loss-form published --loss-power 1 --loss-eps 1e-3"
+PUBLISHED_RATE = "--lr 1e-4 --lr-final 1e-4"
 
 
 def with_published(ingredients, stage):
@@ -41,38 +45,49 @@ def distill(more="", teacher="{run}/teacher", init="{run}/cmt", stage=MFD, ingre
 
 
 def teacher_and_cmt(steps, folder):
-    """A teacher of so many steps and its CMT student, in `folder`/teacher and `folder`/cmt."""
-    return [f"{TEACHER} --steps {steps} --out {folder}/teacher", f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt"]
+    """A teacher of so many steps and its CMT student, in `folder`/teacher and `folder`/cmt. Its average forgets the start, however short."""
+    ema = min(0.998, 1 - 5.2 / steps)
+    return [f"{TEACHER} --ema {ema:.5g} --steps {steps} --out {folder}/teacher",
+            f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt"]
 
 
-def explosion(run="{run}"):
-    """a: with and without CMT; then each ingredient of the published code alone and together."""
-    starts = {"random weights": "{exp}/random", "teacher's weights": f"{run}/teacher", "CMT": f"{run}/cmt"}
-    recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "weight": ("", PUBLISHED_WEIGHT),
-               "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central")}
-    return {f"{start}, {recipe}": distill(more, init=init, ingredients=ingredients)
+def explosion():
+    """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs."""
+    starts = {"random weights": "{exp}/random", "teacher's weights": "{run}/teacher", "CMT": "{run}/cmt"}
+    recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
+               "weight": ("", PUBLISHED_WEIGHT), "weight, lr 1e-4": ("", f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"),
+               "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central"),
+               "all, lr 1e-4": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central {PUBLISHED_RATE}")}
+    arms = {f"{start}, {recipe}": distill(more, init=init, ingredients=ingredients)
             for start, init in starts.items() for recipe, (ingredients, more) in recipes.items()
-            if start == "teacher's weights" or recipe in ("ours", "weight", "all")}
+            if start == "teacher's weights" or recipe in ("ours", "weight", "all", "all, lr 1e-4")}
+    cmt = with_published("labels,embedding,times", f"{CMT} --steps 250 --teacher {{run}}/teacher --out {{out}}-cmt")
+    for recipe in ("all", "all, lr 1e-4"):        # a published start is CMT as it was published, too
+        arms[f"CMT, {recipe}"] = [cmt, *distill(recipes[recipe][1], init="{out}-cmt", ingredients="labels")]
+    return dict(arms=arms, also=TEACHER_50)
 
 
 def at_dimension(encoder):
-    """a, at another latent dimension: everything from the latents on anew, in {exp}/base."""
+    """a, at another latent dimension: everything from the latents on anew, in {exp}/base. It grows by the number of tokens, as a token of
+    more channels than the head is wide (160) could not be told from noise."""
     first = [f"{ENCODE} --out {{run}}/latents --encoder random:{encoder},seed=0",
              "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed} --resume",
              *teacher_and_cmt(2600, "{run}")]
-    arms = {name: chain for name, chain in explosion().items() if not name.startswith("random")}
-    return dict(run="{exp}/base", first=first, arms=arms)
+    arms = {name: chain for name, chain in explosion()["arms"].items() if not name.startswith("random")}
+    return dict(run="{exp}/base", first=first, arms=arms, also=TEACHER_50)
 
 
+TEACHER_50 = {"teacher": ("{run}/teacher", "--nfe 50")}
 WEIGHTS = {"p = 0": "--loss-power 0", "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-eps 1e-3", "p = 1, c = 0.1": "--loss-power 1",
-           "p = 1, c = 1e-2": "--loss-power 1 --loss-eps 1e-2", "published": PUBLISHED_WEIGHT}
+           "p = 1, c = 1e-2": "--loss-power 1 --loss-eps 1e-2",
+           "published": PUBLISHED_WEIGHT, "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
 TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
-    "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], arms=explosion()),
+    "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
     "a-768": at_dimension("width=48,depth=2,heads=4,patch=8"),
-    "a-12288": at_dimension("width=768,depth=2,heads=12,patch=8"),
-    "a-49152": at_dimension("width=3072,depth=1,heads=48,patch=8"),
+    "a-3072": at_dimension("width=48,depth=2,heads=4,patch=4"),
+    "a-12288": at_dimension("width=48,depth=2,heads=4,patch=2"),
     "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),
     "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
@@ -88,7 +103,8 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
                   "eta 1 to 0": distill("--eta 1 0", teacher=f"{folder}/teacher", init=f"{folder}/cmt"),
                   "MFT": distill(stage=MFT, teacher=f"{folder}/teacher", init=f"{folder}/cmt"),
                   "MFD then MFT": [f"{MFD} --steps 1000 --teacher {folder}/teacher --init {folder}/cmt --out {{out}}-first",
-                                   f"{MFT} --steps 450 --lr 1e-4 --init {{out}}-first --out {{out}}"]}.items()}, nfe=(1, 2)),
+                                   f"{MFT} --steps 450 --lr 1e-4 --init {{out}}-first --out {{out}}"]}.items()}, nfe=(1, 2),
+              also={f"{kind} teacher": (f"{folder}/teacher", "--nfe 50") for kind, folder in (("good", "{run}"), ("weak", "{exp}/weak"))}),
     "f": dict(first=[line for n in TEACHERS for line in teacher_and_cmt(n, f"{{exp}}/{n}")],
               arms={f"student, {n} steps": distill(teacher=f"{{exp}}/{n}/teacher", init=f"{{exp}}/{n}/cmt") for n in TEACHERS},
               also={f"teacher, {n} steps": (f"{{exp}}/{n}/teacher", "--nfe 50") for n in TEACHERS}),
@@ -120,7 +136,7 @@ def plan(letter, seed):
     samples = {name: (f"sample.py {network} --decoder {run}/decoder {flags} --num-samples 5000 --batch-size 250 --seed {seed} --out "
                       f"{exp}/samples/{slug(name)}.npz", f"{name}={exp}/samples/{slug(name)}.npz:{flags.split()[1]}")
                for name, (network, flags) in wanted.items()}
-    report = (f"sanity/report.py --run {exp} --data data/digits --latents {run}/latents --decoder {run}/decoder --seed {seed} --samples ")
+    report = f"sanity/report.py --run {exp} --data data/digits --latents {run}/latents --decoder {run}/decoder --seed 0 --samples "
     return exp, [fill(line) for line in experiment.get("first", [])], arms, samples, report
 
 
@@ -134,7 +150,7 @@ def call(line, log, threads):
 
 
 def do(letter, seed, pool, threads):
-    """Every command of a seed, as far as it has not been done. An arm that fails, such as by exploding, is left out and says so."""
+    """Every command of a seed, as far as it has not been done. An arm that diverges is left out and says so; any other failure is one."""
     exp, first, arms, samples, report = plan(letter, seed)
     Path(ROOT / exp).mkdir(parents=True, exist_ok=True)
 
@@ -143,7 +159,9 @@ def do(letter, seed, pool, threads):
         for line in lines:
             done = line.startswith("encode") and (ROOT / line.split(" --out ")[1].split()[0] / "latents.json").exists()
             if not done and call(line, log, threads):
-                print(f"{letter}, seed {seed}: {name} FAILED, see {log}", flush=True)
+                if "not finite" not in log.read_text().splitlines()[-1]:
+                    raise InputError(f"experiment {letter}, seed {seed}, {name}: a command failed, see {log}")
+                print(f"{letter}, seed {seed}: {name} DIVERGED, see {log}", flush=True)
                 return False
         print(f"{letter}, seed {seed}: {name}", flush=True)
         return True
@@ -159,7 +177,8 @@ def do(letter, seed, pool, threads):
 
 
 def table(letter, seeds):
-    """Markdown: means over seeds, with the standard deviation over seeds where there are several."""
+    """Markdown: means over seeds, with the standard deviation over seeds where there are several. As the arms of a seed share its teacher
+    and noise, one column compares within seeds: an arm's distance in units of the first one's."""
     rows, logs = {}, {}
     for seed in seeds:
         exp, _, arms, samples, _ = plan(letter, seed)
@@ -168,27 +187,30 @@ def table(letter, seeds):
             log = ROOT / line.split()[1] / "log.jsonl"
             lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
             if lines and log.is_relative_to(ROOT / exp):
-                late = [x["mse"] for x in lines[-max(1, len(lines) // 5):]]
-                logs.setdefault(name, []).append(dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late),
+                late = [x["mse"] for x in lines[-max(1, len(lines) // 5):] if x["mse"] is not None]
+                logs.setdefault(name, []).append(dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late or [math.nan]),
                                                       seconds=lines[-1]["seconds"] / lines[-1]["step"], steps=lines[-1]["step"]))
-            rows.setdefault(name, []).extend([measured[name]] if name in measured else [])
+            rows.setdefault(name, {}).update({seed: measured[name]} if name in measured else {})
+    first = next(iter(rows.values()))
 
     def cell(values, form=".3g"):
         spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
         return format(statistics.mean(values), form) + spread
 
-    out = ["| | NFE | Frechet distance, encoder | Frechet distance, classifier | class accuracy | steps | largest gradient norm | "
-           "mse, last fifth | ms a step |", "|---|---|---|---|---|---|---|---|---|"]
+    out = [f"{len(seeds)} seed{'s' * (len(seeds) > 1)}", "",
+           "| | NFE | Frechet distance, encoder | of the first row's | Frechet distance, classifier | class accuracy | steps | "
+           "largest gradient norm | mse, last fifth | ms a step |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, found in rows.items():
-        cells = ["", "not finite", "", ""]
+        cells, x = ["", "not finite", "", "", ""], list(found.values())
         if found:
-            cells = [str(found[0]["nfe"]), cell([x["encoder"] for x in found]), cell([x["classifier"] for x in found]),
-                     cell([x["accuracy"] for x in found], ".4f")]
+            ratios = [row["encoder"] / first[seed]["encoder"] for seed, row in found.items() if seed in first]
+            cells = [str(x[0]["nfe"]), cell([row["encoder"] for row in x]), cell(ratios) if ratios else "",
+                     cell([row["classifier"] for row in x]), cell([row["accuracy"] for row in x], ".4f")]
             cells[1] += f" ({len(seeds) - len(found)} of {len(seeds)} runs not finite)" if len(found) < len(seeds) else ""
         if name in logs:
-            cells += [str(logs[name][0]["steps"]), cell([x["norm"] for x in logs[name]]), cell([x["mse"] for x in logs[name]]),
-                      cell([1000 * x["seconds"] for x in logs[name]], ".0f")]
-        out.append(f"| {name} | " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+            cells += [", ".join(sorted({str(row["steps"]) for row in logs[name]})), cell([row["norm"] for row in logs[name]]),
+                      cell([row["mse"] for row in logs[name]]), cell([1000 * row["seconds"] for row in logs[name]], ".0f")]
+        out.append(f"| {name} | " + " | ".join(cells + [""] * (9 - len(cells))) + " |")
     return "\n".join(out)
 
 
