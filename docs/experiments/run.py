@@ -45,7 +45,7 @@ def distill(more="", teacher="{run}/teacher", init="{run}/cmt", stage=MFD, ingre
 
 
 def teacher_and_cmt(steps, folder):
-    """A teacher of so many steps and its CMT student, in `folder`/teacher and `folder`/cmt. Its average forgets the start, however short."""
+    """A teacher of so many steps and its CMT student, in `folder`/teacher and `folder`/cmt. The average forgets its start."""
     ema = min(0.998, 1 - 5.2 / steps)
     return [f"{TEACHER} --ema {ema:.5g} --steps {steps} --out {folder}/teacher",
             f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt"]
