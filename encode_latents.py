@@ -639,8 +639,6 @@ def main(argv=None):
         dist.barrier()
     if rank == 0:
         finish(out, count, settings, encoder.shape, images.classes)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

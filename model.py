@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +58,9 @@ def command(main):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)     # not sys.exit: another process of the group may never come to the barrier that a clean exit waits at
+    finally:            # a Gloo group that is left to the interpreter's end aborts there now and then; torchrun then kills the others
+        if dist.is_initialized() and not isinstance(sys.exc_info()[1], Exception):
+            dist.destroy_process_group()
 
 
 def provenance():

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy
@@ -166,7 +167,7 @@ def main(argv=None):
     if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):                    # its files are maps that several nodes would tear
         raise InputError("sampling takes the GPUs of one node: torchrun without --nnodes")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")                                           # for barriers alone
+        dist.init_process_group("gloo", timeout=timedelta(days=7))                # for barriers alone, which others may reach much later
 
     net, config, stats = load_network(args.network)
     student = config["kind"] == "student"
@@ -190,8 +191,8 @@ def main(argv=None):
     net, decoder, stats = net.to(device).eval(), decoder.to(device).eval(), [x.to(device) for x in stats]
     v = None if student else guided(net, args.guidance, args.guidance_interval, weak)
     if args.compile:
-        net.compile()
-        decoder.compile()
+        net.compile(dynamic=False)
+        decoder.compile(dynamic=False)
 
     out = Path(args.out or f"samples/{Path(args.network).stem}_{nfe}.npz")
     shift = args.time_shift or config["time_shift"]

@@ -173,7 +173,7 @@ class Run:
         self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
         self.since, self.logged = time.perf_counter(), self.step
         if args.compile:
-            net.compile()
+            net.compile(dynamic=False)                                            # teacher and student share code, not batches
         if self.world == 1:
             return net
         parallel = nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -209,9 +209,9 @@ class Run:
             self.log()
         if not args.synthetic and (last or self.step % args.save_every == 0):
             self.save()
+        if last and self.world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)                              # torchrun ends all when one ends: rank 0 has saved
         if stop:
-            if self.world > 1:
-                dist.all_reduce(stop)                                             # torchrun ends all when one ends: rank 0 has saved
             if self.rank == 0:
                 print(f"stopped after step {self.step}: the same command with --resume goes on", flush=True)
             sys.exit(128 + int(stop))
@@ -336,7 +336,7 @@ def main(argv=None):
     weak = load_network(args.weak_teacher, "teacher")[0].to(run.device).requires_grad_(False) if args.weak_teacher else None
     v = guided(teacher, args.guidance, args.guidance_interval, weak)
     if args.compile:
-        teacher.compile()
+        teacher.compile(dynamic=False)
     h = run.adopt(student, config, stats)
     times = ode_times(args.teacher_steps, config["time_shift"])
 

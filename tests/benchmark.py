@@ -237,7 +237,7 @@ def steps(args, device):
     for net in (v, h, teacher_to_train):
         net.checkpoint_activations = args.checkpoint_activations
         if args.compile:
-            net.compile()
+            net.compile(dynamic=False)
     v.requires_grad_(False)
     shift, b = default_time_shift(h.shape), args.batch_size
     micro = args.micro_batch or b
@@ -246,7 +246,7 @@ def steps(args, device):
     s, t = time_shift(torch.rand(b, 2, device=device), shift).sort(dim=1).values.unbind(1)
     s = torch.where(torch.arange(b, device=device) % 4 == 0, s, t)
     parts = [slice(i, i + micro) for i in range(0, b, micro)]
-    jvp = torch.compile(lambda *x: torch.func.jvp(*x)) if args.compile else torch.func.jvp
+    jvp = torch.compile(lambda *x: torch.func.jvp(*x), dynamic=False) if args.compile else torch.func.jvp
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
@@ -360,7 +360,7 @@ def sampling(args, device):
     decoder = ViTDecoder(args.px // 16, 768, **DECODER_PRESETS[args.decoder]).to(device).eval()
     if args.compile:
         for net in (v, h, decoder):
-            net.compile()
+            net.compile(dynamic=False)
     n = args.sampling_batch
     z, y = torch.randn(n, *h.shape, device=device), torch.randint(1000, (n,), device=device)
     stats = torch.zeros(h.shape, device=device).double(), torch.ones(h.shape, device=device).double()

@@ -1,4 +1,5 @@
 """The training stages as programs: splitting and resuming change nothing, the student starts as the teacher, mistakes are one line."""
+import functools
 import json
 import os
 import re
@@ -144,6 +145,19 @@ def test_two_processes_go_on_as_one_and_back(home, tmp_path):
     assert close(weights(tmp_path / "whole"), weights(parts), 1e-5)
 
 
+def compiled(argv):
+    """Stage 3, its graphs captured and run as they are."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    train_meanflow.main(argv)
+
+
+def test_two_compiled_processes(home, tmp_path):
+    """DDP splits compiled graphs at its buckets: with checkpointing too, it is the run of one process without."""
+    train(home, "meanflow", tmp_path / "one", "--steps", "2")
+    run_on(2, compiled, arguments(home, "meanflow", tmp_path / "two", "--steps", "2", "--compile", "--checkpoint-activations"))
+    assert close(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
+
+
 def test_the_student_starts_as_the_teacher(home, capsys):
     teacher = model.load_network(home / "teacher")[0]
     for p in teacher.parameters():                # away from the zero initialization, where all would agree
@@ -284,7 +298,7 @@ OPTIONS = [("teacher", ["--checkpoint-activations"], "same"), ("meanflow", ["--c
            ("teacher", ["--precision", "bf16"], "near"), ("cmt", ["--precision", "bf16"], "near"),
            ("meanflow", ["--precision", "bf16"], "near"), ("meanflow", ["--precision", "bf16", "--derivative", "fd"], "near"),
            ("teacher", ["--compile"], "same"), ("cmt", ["--compile"], "same"), ("meanflow", ["--compile"], "same"),
-           ("meanflow", ["--compile", "--derivative", "fd"], "near")]
+           ("meanflow", ["--compile", "--derivative", "fd"], "near"), ("meanflow", ["--compile", "--precision", "bf16"], "near")]
 
 
 @pytest.mark.parametrize("stage, flags, effect", OPTIONS, ids=[" ".join([stage, *flags]) for stage, flags, _ in OPTIONS])
@@ -292,8 +306,7 @@ def test_options(home, tmp_path, monkeypatch, stage, flags, effect):
     """What a flag does to the weights after two steps: nothing but rounding, a little, or more. Compiled: graphs captured and run as
     they are, so that no compiler is needed."""
     if "--compile" in flags:
-        compile_ = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **{"backend": "aot_eager", **k}))
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         torch._dynamo.reset()
     lively(home, tmp_path / "start")
     start = ["--steps", "2", "--init", tmp_path / "start"] + (["--teacher", tmp_path / "start"] if stage != "teacher" else [])
