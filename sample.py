@@ -113,14 +113,13 @@ def sample_all(part, settings, batches, make, shape, rank, world):
 
 
 def bundle(part, out):
-    """The array files as an uncompressed .npz, then away with them."""
+    """The array files as an uncompressed .npz."""
     def write(path):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
             for name in ("arr_0.npy", "arr_1.npy"):              # without dates: the same samples are the same file
                 with open(part / name, "rb") as array, file.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
                     shutil.copyfileobj(array, entry, 1 << 24)
     write_atomically(out, write)
-    shutil.rmtree(part)
 
 
 def read_images(path, count):
@@ -218,6 +217,9 @@ def main(argv=None):
             write_json(out.with_suffix(".json"), {"settings": settings, **provenance()})
             bundle(out.with_suffix(".part"), out)                                 # last: the samples are there when all is
     if rank == 0:
+        shutil.rmtree(out.with_suffix(".part"), ignore_errors=True)
+        for path in out.parent.glob(f".{out.stem}.*.tmp"):                        # of a process that was killed while it wrote
+            path.unlink()
         print(f"{out}: {args.num_samples} images")
         classes, y = config.get("classes") or range(net.num_classes), numpy.load(out)["arr_1"]
         if args.grid:

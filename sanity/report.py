@@ -194,11 +194,13 @@ def judge(rows, held_out_accuracy, held_out_count):
 # The report
 # ----------------------------------------------------------------------------------------------------------------------
 def read_seconds(run):
-    """{stage: seconds} from timings.json, or from the lines `stage seconds` of seconds.txt; a later line counts."""
-    if (run / "timings.json").exists():
-        return read_json(run / "timings.json")
+    """{stage: seconds} from the lines `stage seconds` of seconds.txt; of a training that was interrupted, what its log has counted."""
     lines = (run / "seconds.txt").read_text().splitlines() if (run / "seconds.txt").exists() else []
-    return {name: float(seconds) for name, _, seconds in (line.rpartition(" ") for line in lines) if name}
+    seconds = {name: float(n) for name, _, n in (line.rpartition(" ") for line in lines) if name}
+    for name in seconds:
+        if (log := run / name.lower() / "log.jsonl").exists():
+            seconds[name] = max(seconds[name], json.loads(log.read_text().splitlines()[-1])["seconds"])
+    return seconds
 
 
 def draw_picture(path, columns, names):

@@ -110,10 +110,14 @@ def damage(home, rng):
     resume = command("train_meanflow.py", ".", "mfd")
     score = [sys.executable, str(ROOT / "eval_fid.py"), "s.npz", "--reference", "s.npz", "--features", f"encoder:{ENCODER}",
              "--pr-images", "0"]
-    for first in (sample, resume):
+    statistics = [*score[:2], "--reference", "s.npz", "--save-statistics", "statistics.safetensors", *score[5:7]]
+    compare = [*score[:4], "statistics.safetensors", *score[5:]]
+    encode = [sys.executable, str(ROOT / "encode_latents.py"), *STAGES["encode_latents.py"][0].format(home=home, out="latents").split()]
+    for first in (sample, resume, statistics):
         assert run(*first, cwd=home)[0] == 0
     state = max(path.name for path in (home / "mfd").glob("state_*"))
     cases = [("latents/shard_00001.safetensors", verify), ("latents/latent_stats.safetensors", verify), ("latents/latents.json", verify),
+             ("latents/encoding.json", encode), ("statistics.safetensors", compare),
              ("teacher/config.json", sample), ("teacher/model.safetensors", sample), ("teacher/latent_stats.safetensors", sample),
              ("decoder/model.safetensors", sample), ("decoder/config.json", sample), (f"mfd/{state}", resume), ("mfd/run.json", resume),
              ("mfd/log.jsonl", resume), ("s.npz", score), ("s.json", sample)]

@@ -58,7 +58,7 @@ def test_published_runs(ingredients, stage):
     assert '"step": 1' in result.stdout
 
 
-def test_table(tmp_path, monkeypatch):
+def test_table_and_plot(tmp_path, monkeypatch):
     """Means and deviations over seeds; an arm that was lost in one of them says so."""
     monkeypatch.setattr(run, "ROOT", tmp_path)
     for seed, names in ((0, ("exact", "D = 1e-4")), (1, ("exact",))):
@@ -70,6 +70,8 @@ def test_table(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "log.jsonl").write_text('{"step": 10, "grad_norm_max": 3.0, "mse": 0.5, "seconds": 2.0}\n')
         (tmp_path / exp / "report.json").write_text(run.json.dumps({"rows": rows}))
+    run.plot("d", (0, 1), tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 5000
     lines = run.table("d", (0, 1)).splitlines()
     assert lines[0] == "2 seeds"
     assert lines[4] == "| exact, 1 step | 1 | 2 ± 1.4 | 1 ± 0 | 2 ± 0 | 0.5000 ± 0 | 10 | 3 ± 0 | 0.5 ± 0 | 200 ± 0 |"

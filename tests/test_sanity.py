@@ -30,7 +30,9 @@ def chain(tmp_path_factory):
         path = folder / "run/samples" / f"{name.lower().replace(' ', '_')}.npz"
         np.savez(path, arr_0=images.astype(np.uint8), arr_1=np.arange(120) % 10)
         write_json(path.with_suffix(".json"), {"settings": {"seed": 0, "nfe": NAMES[name]}})
-    write_lines(folder / "run/seconds.txt", "teacher 200", "sample teacher 50 12", "MFD 99")
+    write_lines(folder / "run/seconds.txt", "teacher 120", "sample teacher 50 12", "MFD 99")
+    (folder / "run/teacher").mkdir()
+    write_lines(folder / "run/teacher/log.jsonl", '{"step": 1, "seconds": 80.0}', '{"step": 2, "seconds": 200.0}')
     return folder
 
 

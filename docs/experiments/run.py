@@ -3,6 +3,7 @@
     for seed in 0 1 2; do SEED=$seed ./sanity/run.sh; done             # where the arms start: latents, decoder, teacher, CMT student
     python docs/experiments/run.py b --seeds 0 1 2                     # -> runs/experiments/b; a second call goes on or prints again
     python docs/experiments/run.py b --list                            # the commands alone
+    python docs/experiments/run.py h --plot docs/images/h.png          # a curve too (matplotlib)
 
 An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time (d, which compares times, wants --jobs 1
 --threads 2); then 5,000 samples for each number of evaluations, then sanity/report.py over all arms of a seed, with one classifier for
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -22,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from model import InputError, command  # noqa: E402
+from model import InputError, command, write_atomically  # noqa: E402
 
 COMMON = "--seed {seed} --log-every 50 --save-every 500 --keep 1 --resume"
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
@@ -214,12 +216,39 @@ def table(letter, seeds):
     return "\n".join(out)
 
 
+def plot(letter, seeds, path):
+    """A PNG: distance in the encoder's space against the first number in an arm's name, a curve for each of the names without it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    curves = {}
+    for seed in seeds:
+        exp, *_, samples, _ = plan(letter, seed)
+        for name, row in json.loads((ROOT / exp / "report.json").read_text())["rows"].items():
+            found = re.search(r"(, )?(NFE |D = |w = )?(\d[\d.]*(e-?\d+)?)( steps)?", name)
+            if name in samples and found:
+                family = name.replace(found[0], "", 1).strip(", ") or "student"
+                curves.setdefault(family, {}).setdefault(float(found[3]), []).append(row["encoder"])
+    figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for family, points in curves.items():
+        x = sorted(points)
+        y, low, high = ([f(points[k]) for k in x] for f in (statistics.mean, min, max))
+        line, = ax.plot(x, y, marker="o", markersize=3, linewidth=1, label=family)
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+    title = f"experiment {letter}: mean and range, seeds {', '.join(map(str, seeds))}"
+    ax.set(xscale="log", yscale="log", ylabel="Frechet distance, encoder", title=title)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of a job (default %(default)s)")
+    parser.add_argument("--plot", metavar="PNG", help="draw the distances too (default: the table alone)")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args()
     for seed in args.seeds:
@@ -233,6 +262,8 @@ def main():
             do(args.experiment, seed, pool, args.threads)
     if not args.list:
         print(table(args.experiment, args.seeds))
+        if args.plot:
+            plot(args.experiment, args.seeds, args.plot)
 
 
 if __name__ == "__main__":
