@@ -39,29 +39,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    InputError,
-    command,
-    digest_of,
-    generator,
-    load_stats,
-    processes,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from model import (IMAGE_MEAN, IMAGE_STD, InputError, command, digest_of, generator, load_stats, processes, read_json, read_tensors,
+                   write_atomically, write_json, write_tensors)
 
 IMAGE_FILES = {f".{suffix}" for suffix in "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()}
 DINOV2, RANDOM = "facebook/dinov2-with-registers-base", "random:width=64,depth=2,heads=4,patch=8,seed=0"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Images ----------------------------------------------------------------------------------------------------------
 def open_rgb(file):
     """An image as a viewer shows it, in RGB: upright, first frame, 16 bits scaled to 8, transparency on white."""
     image = ImageOps.exif_transpose(Image.open(file))
@@ -184,9 +169,7 @@ class ImagesWithNotes(Images):
     __getitems__ = Images.fetch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The encoder
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The encoder -----------------------------------------------------------------------------------------------------
 class Encoder(nn.Module):
     """A frozen Dinov2WithRegistersModel as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or float in
     [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch. Gradients reach the images.
@@ -284,9 +267,7 @@ def random_dinov2(source):
     return net, "random:" + ",".join(f"{name}={value}" for name, value in sizes.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Readers: latents, and the order in which training sees them
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Readers: latents, and the order in which training sees them -----------------------------------------------------
 def read_description(folder):
     """latents.json of a finished folder."""
     if not (Path(folder) / "latents.json").exists():
@@ -389,15 +370,11 @@ def batches_of(dataset, sampler, workers, pin=False):
     ending = multiprocessing.Value("b", False, lock=False)
     atexit.register(setattr, ending, "value", True)
     try:
-        yield from DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=as_it_is, pin_memory=pin,
+        yield from DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=tuple, pin_memory=pin,
                               worker_init_fn=functools.partial(outlive_signals, ending),
                               generator=torch.Generator())    # else it draws from the global one
     except InputError as error:                               # a worker's comes wrapped in its traceback
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("model.InputError: ")) from None
-
-
-def as_it_is(batch):
-    return batch
 
 
 def outlive_signals(ending, worker):
@@ -452,9 +429,7 @@ class TrainingData:
             yield encode(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics that merge: (count, mean, m2), m2 the sum of squared deviations; float64 (C, H, W)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Statistics that merge: (count, mean, m2), m2 the sum of squared deviations; float64 (C, H, W) -------------------
 def moments(latents):
     x = latents.double()
     mean = x.sum(0) / max(len(x), 1)
@@ -468,9 +443,7 @@ def merge(a, b):
     return n, a[1] + delta * share, a[2] + b[2] + delta.square() * (a[0] * share)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Encoding --------------------------------------------------------------------------------------------------------
 def shard_path(out, k):
     return out / f"shard_{k:05d}.safetensors"
 
@@ -493,7 +466,7 @@ def claim(out, settings, needed):
             raise InputError(f"{out} holds other latents ({'; '.join(other)}): give another --out, or remove it")
     elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise InputError(f"{out} holds something else: give an --out that is empty or new")
-    for path in out.glob(".*.tmp"):                           # of a process that was killed while it wrote
+    for path in out.glob(".*tmp*"):                           # of a process that was killed while it wrote
         path.unlink()
     there = sum(path.stat().st_size for path in out.glob("shard_*.safetensors"))
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free

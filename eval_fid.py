@@ -37,9 +37,7 @@ INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrain
 K = 3                                                         # neighbours of precision and recall (ADM)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics of feature arrays
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Metrics of feature arrays ---------------------------------------------------------------------------------------
 class Moments:
     """Count, mean (D,) and unbiased covariance (D, D) of features seen in parts, in float64 on the features' device.
 
@@ -140,9 +138,7 @@ def inception_score(probabilities, split_size=5000):
                         for p in probabilities.double().split(split_size)]).mean().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images: len(), image_size, __getitems__(consecutive indices) -> uint8 (B, 3, S, S), labels
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Images: len(), image_size, __getitems__(consecutive indices) -> uint8 (B, 3, S, S), labels ----------------------
 @contextmanager
 def complaint(what, hint):
     """What reading a damaged or foreign file may end in becomes an InputError: `what` (the reason): `hint`."""
@@ -202,9 +198,7 @@ def open_images(path, size):
     return images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Feature networks: -> what it is, and functions of uint8 images (B, 3, S, S): features (B, D), probabilities or None
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Feature networks: -> what it is, and functions of uint8 images (B, 3, S, S): features (B, D), probabilities or None
 def inception(path, digest, device):
     """A TorchScript file with the interface of NVIDIA's inception-2015-12-05.pt, which is the TensorFlow network of the
     original FID and takes images of any size; by default that file, put into torch's cache on first use."""
@@ -274,9 +268,7 @@ def load_features(args, size, device):
     return {**about, "width": f.shape[1]}, features, probabilities
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From images or files to statistics: mean, covariance, features, probabilities, and `about`, what they are of
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- From images or files to statistics: mean, covariance, features, probabilities, and `about`, what they are of ----
 def file_digest(path):
     digest = hashlib.sha256()
     with complaint(f"cannot read {path}", "check the path"), open(path, "rb") as file:
@@ -285,15 +277,11 @@ def file_digest(path):
     return digest.hexdigest()
 
 
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def measure(images, network, kept, micro_batch, device):
     """Moments of all images' features, features of `kept` of them evenly spread, probabilities if the network has any.
     Each process takes consecutive images, for the Inception Score's splits go by order. None beside rank 0."""
     from tqdm import tqdm
-    (_, embed, classify), (rank, world), count = network, rank_and_world(), len(images)
+    (_, embed, classify), (world, rank, _), count = network, processes(), len(images)
     start, stop = rank * count // world, (rank + 1) * count // world
     keep = torch.zeros(count, dtype=torch.bool)
     keep[torch.arange(kept) * count // max(kept, 1)] = True
@@ -371,9 +359,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args, began = parse_args(argv), time.monotonic()
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    world, rank, device = processes()
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=4))               # what is exchanged is on the CPU
-    device = processes()[2]
     torch.backends.cudnn.allow_tf32 = False                                       # features in true float32
 
     if not args.samples and not args.save_statistics:
@@ -398,7 +386,7 @@ def main(argv=None):
     if real is not None:
         reference = measure(real, network, min(args.pr_images, len(real)), args.micro_batch, device)
     fake = measure(samples, network, len(samples), args.micro_batch, device) if samples is not None else None
-    if rank_and_world()[0] > 0:
+    if rank > 0:
         return
     if moments:
         reference.mean, reference.covariance = moments

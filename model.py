@@ -26,9 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Presets: (encoder tower, head) pairs; a size of your own is one more line here
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Presets: (encoder tower, head) pairs; a size of your own is one more line here ------------------------------------------
 DIT_PRESETS = {
     "DiTDH-XL": dict(hidden_size=(1152, 2048), depth=(28, 2), num_heads=(16, 16)),
     "DiTDH-B": dict(hidden_size=(768, 2048), depth=(12, 2), num_heads=(12, 16)),
@@ -104,9 +102,7 @@ def generators(device, rows, *key):
     return [generator(device, *key, block) for block in range(rows[0] // 4, rows[1] // 4)]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Time
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Time --------------------------------------------------------------------------------------------------------------------
 def default_time_shift(shape):
     """a = max(1, sqrt(C H W / 4096)) for a latent of shape (C, H, W): 6.93 at 768x16x16, 13.86 at 768x32x32 (RAE)."""
     return max(1.0, math.sqrt(math.prod(shape) / 4096))
@@ -169,9 +165,7 @@ def long_jumps(h, z, times):
     return z
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Latent statistics: (mean, var), each (C, H, W) in float64
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Latent statistics: (mean, var), each (C, H, W) in float64 ---------------------------------------------------------------
 def normalize(z, stats):
     """Raw latents (B, C, H, W) -> what the backbone sees: (z - mean) / sqrt(var + 1e-5), as float32."""
     mean, var = stats
@@ -184,9 +178,7 @@ def denormalize(z, stats):
     return z.float() * (var.to(z.device) + 1e-5).sqrt().float() + mean.to(z.device).float()
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Fixed tables: positions
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Fixed tables: positions -------------------------------------------------------------------------------------------------
 def sincos_positions(width, grid):
     """(grid * grid, width): the first half of the channels encodes the COLUMN, the second the ROW; each half [sin(p w), cos(p w)]
     with w_k = 10000^(-k / (width / 4)). Row-major over the grid; positions 0 .. grid - 1."""
@@ -218,9 +210,7 @@ class Rotary(nn.Module):
         return (x * self.freqs_cos + turned * self.freqs_sin).type_as(x)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# DiT-DH
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- DiT-DH ------------------------------------------------------------------------------------------------------------------
 class FourierEmbedding(nn.Module):
     """(B,) -> (B, d): [sin(2 pi W x), cos(2 pi W x)] with frozen W ~ N(0, 1), then a two-layer MLP."""
 
@@ -375,9 +365,7 @@ class DiTDH(nn.Module):
         return block(*inputs)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# ViT decoder (MAE style): de-normalized latents -> images
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- ViT decoder (MAE style): de-normalized latents -> images ----------------------------------------------------------------
 class DecoderLayer(nn.Module):
     """A pre-norm ViT block whose parameters carry the names of the published files, those of a Hugging Face ViTMAE layer."""
 
@@ -426,9 +414,7 @@ class ViTDecoder(nn.Module):
         return x * x.new_tensor(IMAGE_STD)[:, None, None] + x.new_tensor(IMAGE_MEAN)[:, None, None]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Files: every file of ours is whole or absent, and says when it was damaged
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Files: every file of ours is whole or absent, and says when it was damaged ----------------------------------------------
 def write_atomically(path, write):
     """`write(temporary path)`, then fsync and rename: `path` holds the old contents or the new, never half of them."""
     path = Path(path)
@@ -507,9 +493,7 @@ def read_tensors(path, device="cpu"):
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Networks in files
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Networks in files -------------------------------------------------------------------------------------------------------
 def save_network(folder, state, config, stats):
     """A network's folder, enough to sample from: config.json, latent_stats.safetensors, model.safetensors (written last).
 
@@ -553,10 +537,8 @@ def read_plain(path):
 def read_state(path):
     """State dict of a published .pt (bare, or under "ema" or "model") or .safetensors file."""
     state = read_plain(path)
-    for key in ("ema", "model"):
-        if isinstance(state, dict) and key in state:
-            state = state[key]
-            break
+    if isinstance(state, dict):
+        state = state.get("ema", state.get("model", state))
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path} holds no state dict (name -> tensor), neither bare nor under 'ema' or 'model'")
     return state

@@ -24,7 +24,6 @@ import re
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -120,6 +119,7 @@ class Run:
                 raise InputError(f"{self.out} holds another run: give another --out{hint}")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
         torch.manual_seed(args.seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -161,13 +161,12 @@ class Run:
             if steps[0] != -steps[1]:
                 raise InputError(f"the processes found other states in {self.out}: it must lie on a disk that all nodes share")
         if self.rank == 0 and not args.synthetic:
-            for path in self.out.glob(".*.tmp"):                                  # of a process that was killed while it wrote
+            for path in self.out.glob(".*tmp*"):                                  # of a process that was killed while it wrote
                 path.unlink()
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
-            log = (self.out / "log.jsonl").read_text(errors="replace").splitlines() if (self.out / "log.jsonl").exists() else []
-            found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
-            log = [line for line, step in found if step and int(step[1]) <= self.step and line.endswith("}")]     # no step twice
-            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))
+            log = (self.out / "log.jsonl").read_text(errors="replace") if (self.out / "log.jsonl").exists() else ""
+            log = [f"{line}\n" for line, step in re.findall(r'^({"step": (\d+).*})$', log, re.M) if int(step) <= self.step]     # none twice
+            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(log)))
         self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
         self.since, self.logged = time.perf_counter(), self.step
         if args.compile:
@@ -184,13 +183,6 @@ class Run:
         args, begin = self.args, self.args.decay_from * self.args.steps
         part = max(0.0, (self.step - begin) / max(1.0, args.steps - 1 - begin))
         return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-
-    def no_sync(self, network, rows):
-        """Gradients are all-reduced with the step's last micro-batch alone."""
-        return network.no_sync() if self.world > 1 and rows != self.rows[-1] else nullcontext()
 
     def end_step(self, losses, grad_norm):
         """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
@@ -249,11 +241,9 @@ class Run:
             for name, p, average in zip(self.names, self.weights, self.average, strict=True):
                 state[f"average/{name}"] = average
                 state |= {f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-            about = {"step": str(self.step), "seconds": str(self.seconds)}
-            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, about)
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
             save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
-            states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
-            for path in states:
+            for path in sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep]:
                 if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
                     path.unlink()
         self.since += time.perf_counter() - begin                                 # saving is not training time
@@ -349,9 +339,7 @@ def main(argv=None):
             teacher.compile(dynamic=False)
     h = run.adopt(student, config, stats)
     fixed = student.forward if args.derivative == "jvp" else student             # the one inside jvp's graph, the other with its own
-    jvp = torch.func.jvp
-    if args.compile:
-        jvp = torch.compile(lambda *x: torch.func.jvp(*x), dynamic=False)         # the function itself would stay eager
+    jvp = torch.compile(lambda *x: torch.func.jvp(*x), dynamic=False) if args.compile else torch.func.jvp     # itself would stay eager
     batches = data.batches(args.seed, args.batch_size, run.rows, run.step, args.steps, run.device, args.workers)
 
     while run.step < args.steps:
@@ -363,13 +351,13 @@ def main(argv=None):
             s, t = time_shift(u, shift).sort(dim=1).values.unbind(1)
             s[1::4], s[2::4], s[3::4] = t[1::4], t[2::4], t[3::4]                 # three rows in four: s = t
             y = torch.where(p < args.label_dropout, student.num_classes, y)       # once, for all evaluations of the row
-            with run.no_sync(h, rows):
-                with run.autocast():
-                    loss, numbers = meanflow_loss(
-                        lambda z, t, s, y: h(z, t, y, s), v, normalize(z_0, stats), eps, t, s, y, eta, args.derivative, args.delta_t,
-                        args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
-                        h_fixed=lambda z, t, s, y: fixed(z, t, y, s), jvp=jvp)
-                (loss / len(run.rows)).backward()
+            h.require_backward_grad_sync = rows == run.rows[-1]                   # DDP: all-reduced with the last alone
+            with run.autocast:
+                loss, numbers = meanflow_loss(
+                    lambda z, t, s, y: h(z, t, y, s), v, normalize(z_0, stats), eps, t, s, y, eta, args.derivative, args.delta_t,
+                    args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
+                    h_fixed=lambda z, t, s, y: fixed(z, t, y, s), jvp=jvp)
+            (loss / len(run.rows)).backward()
             losses.append(numbers)
         grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
         run.optimizer.param_groups[0]["lr"] = run.lr()

@@ -19,7 +19,6 @@ import re
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -76,6 +75,7 @@ class Run:
                 raise InputError(f"{self.out} holds another run: give another --out{hint}")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
         torch.manual_seed(args.seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -117,13 +117,12 @@ class Run:
             if steps[0] != -steps[1]:
                 raise InputError(f"the processes found other states in {self.out}: it must lie on a disk that all nodes share")
         if self.rank == 0 and not args.synthetic:
-            for path in self.out.glob(".*.tmp"):                                  # of a process that was killed while it wrote
+            for path in self.out.glob(".*tmp*"):                                  # of a process that was killed while it wrote
                 path.unlink()
             write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
-            log = (self.out / "log.jsonl").read_text(errors="replace").splitlines() if (self.out / "log.jsonl").exists() else []
-            found = [(line, re.match(r'{"step": (\d+)', line)) for line in log]
-            log = [line for line, step in found if step and int(step[1]) <= self.step and line.endswith("}")]     # no step twice
-            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(line + "\n" for line in log)))
+            log = (self.out / "log.jsonl").read_text(errors="replace") if (self.out / "log.jsonl").exists() else ""
+            log = [f"{line}\n" for line, step in re.findall(r'^({"step": (\d+).*})$', log, re.M) if int(step) <= self.step]     # none twice
+            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(log)))
         self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
         self.since, self.logged = time.perf_counter(), self.step
         if args.compile:
@@ -140,13 +139,6 @@ class Run:
         args, begin = self.args, self.args.decay_from * self.args.steps
         part = max(0.0, (self.step - begin) / max(1.0, args.steps - 1 - begin))
         return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-
-    def no_sync(self, network, rows):
-        """Gradients are all-reduced with the step's last micro-batch alone."""
-        return network.no_sync() if self.world > 1 and rows != self.rows[-1] else nullcontext()
 
     def end_step(self, losses, grad_norm):
         """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
@@ -205,11 +197,9 @@ class Run:
             for name, p, average in zip(self.names, self.weights, self.average, strict=True):
                 state[f"average/{name}"] = average
                 state |= {f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-            about = {"step": str(self.step), "seconds": str(self.seconds)}
-            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, about)
+            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
             save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
-            states = sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep or None]
-            for path in states:
+            for path in sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep]:
                 if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
                     path.unlink()
         self.since += time.perf_counter() - begin                                 # saving is not training time
@@ -291,10 +281,10 @@ def main(argv=None):
                 u = torch.special.ndtri(u).sigmoid()                              # the uniform's normal quantile, then sigmoid
             t = time_shift(u, shift)
             y = torch.where(p < args.label_dropout, network["num_classes"], y)
-            with run.no_sync(v, rows):
-                with run.autocast():
-                    loss, numbers = flow_matching_loss(v, normalize(z_0, stats), eps, t, y)
-                (loss / len(run.rows)).backward()
+            v.require_backward_grad_sync = rows == run.rows[-1]                   # DDP: all-reduced with the last alone
+            with run.autocast:
+                loss, numbers = flow_matching_loss(v, normalize(z_0, stats), eps, t, y)
+            (loss / len(run.rows)).backward()
             losses.append(numbers)
         grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
         run.optimizer.param_groups[0]["lr"] = run.lr()

@@ -31,25 +31,14 @@ from torch import nn  # noqa: E402
 from encode_latents import Images, Latents, RowSampler, encoder_of  # noqa: E402
 from eval_fid import Moments, complaint, frechet_distance  # noqa: E402
 from model import (  # noqa: E402
-    InputError,
-    command,
-    load_decoder,
-    provenance,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+    InputError, command, load_decoder, provenance, read_json, read_tensors, write_atomically, write_json, write_tensors)
 from sample import to_uint8  # noqa: E402
 
 COLUMNS = ("teacher 50", "teacher 1", "CMT 1", "MFD 1", "MFD 2", "MFT 1")
 BATCH = 250
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The classifier: a judge that has nothing to do with the encoder
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The classifier: a judge that has nothing to do with the encoder -------------------------------------------------
 class Classifier(nn.Module):
     """uint8 images (B, 3, S, S) -> features of the third block (B, 128), of the fourth and last, (B, 128), and logits."""
 
@@ -105,9 +94,7 @@ def classifier(path, train, sample, steps, seed, device):
     return net
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images in, numbers out
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Images in, numbers out ------------------------------------------------------------------------------------------
 def read(images, indices):
     """-> uint8 (N, 3, S, S), labels (N,)"""
     parts = [images.__getitems__(list(indices[i:i + BATCH])) for i in range(0, len(indices), BATCH)]
@@ -190,9 +177,7 @@ def judge(rows, held_out_accuracy, held_out_count):
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The report
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The report ------------------------------------------------------------------------------------------------------
 def read_seconds(run):
     """{stage: seconds} from the lines `stage seconds` of seconds.txt; of a training that was interrupted, what its log has counted."""
     lines = (run / "seconds.txt").read_text().splitlines() if (run / "seconds.txt").exists() else []

@@ -20,16 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import Images, Latents, RowSampler, batches_of, encoder_of  # noqa: E402
-from model import (  # noqa: E402
-    DECODER_PRESETS,
-    InputError,
-    ViTDecoder,
-    command,
-    generator,
-    read_tensors,
-    save_network,
-    write_tensors,
-)
+from model import DECODER_PRESETS, InputError, ViTDecoder, command, generator, read_tensors, save_network, write_tensors  # noqa: E402
 
 HELD_OUT = 512                                     # images kept out of the training, to measure on
 

@@ -93,7 +93,7 @@ def kill(home, commands, kills, rng):
                 os.killpg(process.pid, signal.SIGKILL)              # its workers too
                 process.wait()
                 killed += 1
-                writing += any(wild.rglob("*.tmp"))
+                writing += any(wild.rglob(".*tmp*"))
         code, said, _ = run(*command(script, home, wild))
         same = code == 0 and files(calm, pattern) == files(wild, pattern)
         print(f"| `{script}` | {seconds:.0f} | {killed} times | {writing} writing a file | {len(files(calm, pattern))} | "
@@ -156,7 +156,7 @@ def disk(home, commands):
         try:
             out = small / "out"
             code, said, _ = run(*command(script, home, out))
-            half = [path.name for path in small.rglob("*.tmp")]
+            half = [path.name for path in small.rglob(".*tmp*")]
             subprocess.run(["mount", "-o", f"remount,size={size * 10}m", small], check=True)
             after, *_ = run(*command(script, home, out))
             same = after == 0 and files(calm, pattern) == files(out, pattern)
