@@ -11,7 +11,7 @@ Noise and label of image i follow from the seed and i alone, whatever the batch 
 the ADM evaluation suite reads: .npz, arr_0 uint8 (N, H, W, 3), and arr_1 the labels. An interrupted run goes on when repeated.
 """
 import argparse
-import os
+import math
 import shutil
 import sys
 import time
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import (InputError, command, denormalize, digest_of, generator, guided, load_decoder, load_network, load_stats, long_jumps,
-                   ode_times, processes, provenance, read_json, solve_ode, write_atomically, write_json)
+                   ode_times, processes, provenance, read_json, read_tensors, solve_ode, write_atomically, write_json, write_tensors)
 
 
 def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
@@ -72,53 +72,44 @@ def draw_grid(path, images, labels, classes, columns):
     grid.save(path)
 
 
-def sample_all(part, settings, batches, make, shape, rank, world):
-    """Fill the array files in the folder `part`, a batch at a time; batches that an earlier, interrupted call finished stay.
+def sample_all(part, settings, batches, make, need, rank, world):
+    """Write a file for each batch into the folder `part`; those that an earlier, interrupted call finished stay.
 
-    batches: the ranges of image numbers; make: range -> (uint8 (B, H, W, 3), labels (B,)); shape: (N, H, W, 3)."""
-    arrays = {"arr_0": (numpy.uint8, shape), "arr_1": (numpy.int64, shape[:1]), "done": (numpy.bool_, (len(batches),))}
+    batches: the ranges of image numbers; make: range -> {"images": uint8 (B, H, W, 3), "labels": (B,)}; need: bytes of all images."""
     if rank == 0 and not (part / "settings.json").exists():
-        need, free = numpy.prod(shape), shutil.disk_usage(next(p for p in part.absolute().parents if p.exists())).free
+        free = shutil.disk_usage(next(p for p in part.absolute().parents if p.exists())).free
         if 2 * need > free:
             raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
-        try:
-            part.mkdir(parents=True, exist_ok=True)
-            for name, (dtype, size) in arrays.items():
-                numpy.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, size).flush()
-                if hasattr(os, "posix_fallocate"):                                # not on macOS
-                    with open(part / f"{name}.npy", "rb+") as file:               # its whole space now: a map of a file with holes
-                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)     # ends in SIGBUS on a full disk
-        except OSError as error:
-            raise InputError(f"cannot write {part} ({error}): make space, then repeat the command") from error
-        write_json(part / "settings.json", settings)                              # last: the folder is whole
+        write_json(part / "settings.json", settings)
     if world > 1:
         dist.barrier()
     if read_json(part / "settings.json") != settings:
         raise InputError(f"{part} holds an interrupted run of other settings or weights: remove it, or give another --out")
-    images, labels, done = (numpy.lib.format.open_memmap(part / f"{name}.npy", "r+") for name in arrays)
-    mine, start, said = [k for k in range(rank, len(batches), world) if not done[k]], time.monotonic(), time.monotonic()
+    mine = [k for k in range(rank, len(batches), world) if not (part / f"{k:06d}.safetensors").exists()]
+    start = said = time.monotonic()
     bar = tqdm(mine, unit="batch", disable=rank > 0 or not sys.stderr.isatty())
     for n, k in enumerate(bar, 1):
-        rows = slice(batches[k].start, batches[k].stop)
-        images[rows], labels[rows] = make(batches[k])
-        images.flush()
-        done[k] = True                                                            # only after the images are on the disk
+        write_tensors(part / f"{k:06d}.safetensors", make(batches[k]))
         if rank == 0 and bar.disable and (time.monotonic() - said > 30 or n == len(mine)):
             said = time.monotonic()
             print(f"batch {n} of {len(mine)} of this process, {(said - start) / n * (len(mine) - n):.0f} s left", flush=True)
-    labels.flush()
-    done.flush()
     if world > 1:
         dist.barrier()
 
 
-def bundle(part, out):
-    """The array files as an uncompressed .npz."""
+def bundle(part, shape, out):
+    """The batches as an uncompressed .npz, one after another; shape: (N, H, W, 3)."""
     def write(path):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-            for name in ("arr_0.npy", "arr_1.npy"):              # without dates: the same samples are the same file
-                with open(part / name, "rb") as array, file.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
-                    shutil.copyfileobj(array, entry, 1 << 24)
+        labels = []
+        with zipfile.ZipFile(path, "w") as file:
+            with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:      # without dates: the same samples are the
+                numpy.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})    # same file
+                for batch in sorted(part.glob("*.safetensors")):
+                    tensors = read_tensors(batch)[0]
+                    stream.write(tensors["images"].numpy())
+                    labels.append(tensors["labels"].numpy())
+            with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
+                numpy.lib.format.write_array(stream, numpy.concatenate(labels))
     write_atomically(out, write)
 
 
@@ -163,8 +154,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     world, rank, device = processes(args.precision)
-    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):                    # its files are maps that several nodes would tear
-        raise InputError("sampling takes the GPUs of one node: torchrun without --nnodes")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))                # for barriers alone, which others may reach much later
 
@@ -207,15 +196,15 @@ def main(argv=None):
         z, y = noise_and_labels(indices, args.seed, net.shape, net.num_classes, labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, shift, v)
-            return to_uint8(decoder(denormalize(z_0, stats)), args.truncate).cpu().numpy(), y.numpy()
+            return {"images": to_uint8(decoder(denormalize(z_0, stats)), args.truncate), "labels": y}
 
     if not out.exists():
         batches = [range(i, min(i + args.batch_size, args.num_samples)) for i in range(0, args.num_samples, args.batch_size)]
-        size = decoder.shape[1] * decoder.patch_size
-        sample_all(out.with_suffix(".part"), settings, batches, make, (args.num_samples, size, size, 3), rank, world)
+        shape = (args.num_samples, *[decoder.shape[1] * decoder.patch_size] * 2, 3)
+        sample_all(out.with_suffix(".part"), settings, batches, make, math.prod(shape), rank, world)
         if rank == 0:
             write_json(out.with_suffix(".json"), {"settings": settings, **provenance()})
-            bundle(out.with_suffix(".part"), out)                                 # last: the samples are there when all is
+            bundle(out.with_suffix(".part"), shape, out)                          # last: the samples are there when all is
     if rank == 0:
         shutil.rmtree(out.with_suffix(".part"), ignore_errors=True)
         for path in out.parent.glob(f".{out.stem}.*.tmp"):                        # of a process that was killed while it wrote
