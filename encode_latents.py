@@ -293,28 +293,15 @@ class Latents:
     def __init__(self, folder):
         self.description = about = read_description(folder)
         self.shape, self.count, self.classes = tuple(about["shape"]), about["count"], about["classes"]
-        self.num_classes, self.stats = len(self.classes), load_stats(folder)
-        self.shards, labels, again = [], [], f"the command that made {folder} makes it again"
-        for shard in about["shards"]:
-            path = Path(folder, shard["file"])
-            try:
-                with open(path, "rb") as file:
-                    length = int.from_bytes(file.read(8), "little")
-                    header = json.loads(file.read(length))
-                n, size = shard["count"], path.stat().st_size - 8 - length
-                x, y = header["latents"], header["labels"]
-                whole = (x["dtype"], x["shape"], y["shape"]) == ("F16", [n, *self.shape], [n]) and size == max(
-                    tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
-            except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-                raise InputError(f"cannot read {path} ({error}): {again}") from error
-            if not whole:
-                raise InputError(f"{path} is cut short or not the one described: {again}")
-            self.shards.append((path, 8 + length + x["data_offsets"][0], (n, *self.shape)))
-            labels.append(np.fromfile(path, "<i8", n, offset=8 + length + y["data_offsets"][0]))
-        self.labels = torch.from_numpy(np.concatenate(labels))
-        self.ends, self.maps = np.cumsum([shard["count"] for shard in about["shards"]]), {}
-        if self.count != self.ends[-1]:
-            raise InputError(f"{folder}/latents.json does not fit its shards: {again}")
+        self.num_classes, self.stats, self.maps, labels = len(self.classes), load_stats(folder), {}, []
+        self.paths = [Path(folder, shard["file"]) for shard in about["shards"]]
+        self.ends = np.cumsum([shard["count"] for shard in about["shards"]])
+        for path, shard in zip(self.paths, about["shards"], strict=True):
+            tensors, header = read_tensors(path, check=False)
+            if header.get("sha256") != shard["sha256"]:
+                raise InputError(f"{path} is not the file that {folder}/latents.json describes: the command that made it makes it again")
+            labels.append(tensors["labels"].clone())
+        self.labels = torch.cat(labels)
 
     def __len__(self):
         return self.count
@@ -326,9 +313,8 @@ class Latents:
         """-> (float16 (B, C, H, W), labels (B,) int64), in any order."""
         batch = np.empty((len(indices), *self.shape), np.float16)
         for i, (index, k) in enumerate(zip(indices, np.searchsorted(self.ends, indices, side="right"), strict=True)):
-            path, offset, shape = self.shards[k]
             if k not in self.maps:
-                self.maps[k] = np.memmap(path, "<f2", "r", offset, shape)
+                self.maps[k] = read_tensors(self.paths[k], check=False)[0]["latents"].numpy()
             batch[i] = self.maps[k][index - self.ends[k]]     # both counted from the shard's end: a negative index
         return torch.from_numpy(batch), self.labels[indices]
 
@@ -506,13 +492,12 @@ def encode_shards(images, encoder, shards, out, batch_size, workers, skip_bad):
 
 def finish(out, count, settings, shape, classes):
     """From the shards' own moments and notes, without reading their latents: statistics, skipped.txt, latents.json."""
-    from safetensors import safe_open
     statistics, shards, enlarged, skipped = [], [], 0, []
     for path in (shard_path(out, k) for k in range(count)):
-        with safe_open(path, "pt") as file:
-            n, notes = file.get_slice("labels").get_shape()[0], json.loads(bytes(file.get_tensor("notes").tolist()))
-            statistics.append((n, file.get_tensor("mean"), file.get_tensor("m2")))
-            shards.append({"file": path.name, "count": n, "sha256": file.metadata()["sha256"]})
+        tensors, header = read_tensors(path, check=False)
+        n, notes = len(tensors["labels"]), json.loads(bytes(tensors["notes"].tolist()))
+        statistics.append((n, tensors["mean"], tensors["m2"]))
+        shards.append({"file": path.name, "count": n, "sha256": header["sha256"]})
         enlarged, skipped = enlarged + notes["enlarged"], skipped + notes["skipped"]
     n, mean, m2 = functools.reduce(merge, statistics)
     if not n:
