@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  now, not by DDP: imported later, its default arguments hold the group for ever
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -48,17 +49,20 @@ class InputError(Exception):
 
 def command(main):
     """Run a script's `main`; an InputError, or a GPU's memory running out, becomes one line on stderr and exit status 2."""
+    status = 0
     try:
         main()
+    except SystemExit as end:
+        status = end.code
     except (InputError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = f"{str(error).splitlines()[0]} Smaller --micro-batch (sample.py: --batch-size), or --checkpoint-activations"
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)     # not sys.exit: another process of the group may never come to the barrier that a clean exit waits at
-    finally:            # a Gloo group that is left to the interpreter's end aborts there now and then; torchrun then kills the others
-        if dist.is_initialized() and not isinstance(sys.exc_info()[1], Exception):
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()              # here, where no frame holds the network: a Gloo thread left to the interpreter's
+    sys.exit(status)                              # end aborts there now and then, and torchrun then kills the others
 
 
 def provenance():
