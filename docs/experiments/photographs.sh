@@ -53,10 +53,11 @@ stage MFT $TWO train_meanflow.py --latents "$RUN/latents" --eta 0 --init "$RUN/m
     --steps 200 --batch-size 64 --lr 3e-5 --lr-final 5e-6 --ema 0.99 $WEIGHT $COMMON
 
 SAMPLES=()
-for sample in "teacher 50" "teacher 1" "CMT 1" "MFD 1" "MFD 2" "MFT 1"; do
-    read -r name nfe <<< "$sample"
-    file=$RUN/samples/${name,,}_$nfe.npz
-    stage "sample $sample" $TWO sample.py "$RUN/${name,,}" --decoder "$RUN/decoder" --nfe "$nfe" --num-samples 5000 --batch-size 250 --out "$file"
+for sample in "teacher 50" "teacher 1" "CMT 1" "MFD 1" "MFD 2" "MFT 1" "teacher 100 heun"; do
+    read -r name nfe solver <<< "$sample"
+    file=$RUN/samples/${name,,}_$nfe${solver:+_$solver}.npz
+    stage "sample $sample" $TWO sample.py "$RUN/${name,,}" --decoder "$RUN/decoder" --nfe "$nfe" ${solver:+--solver "$solver"} \
+        --num-samples 5000 --batch-size 250 --out "$file"
     SAMPLES+=("$sample=$file:$nfe")
 done
 "$PYTHON" sanity/report.py --run "$RUN" --data "$RUN/train.zip" --held-out "$RUN/held-out.zip" --classifier-steps 1500 --samples "${SAMPLES[@]}"
