@@ -5,7 +5,7 @@
 
 kill: each command is killed (SIGKILL) at random times, resumed each time, and must end with the very files of an undisturbed run.
 damage: a bit turned, or the end cut, in a copy of each kind of file we write: the next command must name it, or do without it.
-disk: each command on a disk that fills (a tmpfs of a few MB: Linux, root), then again with space made.
+disk: each command on a disk that is too small, and on one that fills while it runs (a tmpfs: Linux, root); then again with space made.
 """
 import argparse
 import hashlib
@@ -143,29 +143,47 @@ def damage(home, rng):
         print(f"| `{name}` | {sum(seen['turned'])} noticed | {sum(seen['cut'])} noticed | {said} |", flush=True)
 
 
+def fill(disk, process, out):
+    """Take all that is left of a disk once the first file of tensors is there."""
+    while process.poll() is None and not any(out.rglob("[!.]*.safetensors")):
+        time.sleep(0.002)
+    with open(disk / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 12))
+        except OSError:
+            pass
+
+
 def disk(home, commands):
     print("| command | disk | it says | status | with space made | the same files |\n|---|---|---|---|---|---|", flush=True)
     for script in commands:
         pattern, calm, small = STAGES[script][1], home / "calm", home / "small"
         assert run(*command(script, home, calm))[0] == 0
-        small.mkdir()
-        # room for two thirds of what the command leaves there, in megabytes
-        size = max(1, round(sum(path.stat().st_size for path in calm.rglob("*") if path.is_file()) / 1.5e6))
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", small]).returncode:
-            sys.exit("a small disk needs root on Linux (mount -t tmpfs)")
-        try:
-            out = small / "out"
-            code, said, _ = run(*command(script, home, out))
-            half = [path.name for path in small.rglob(".*tmp*")]
-            subprocess.run(["mount", "-o", f"remount,size={size * 10}m", small], check=True)
-            after, *_ = run(*command(script, home, out))
-            same = after == 0 and files(calm, pattern) == files(out, pattern)
-            print(f"| `{script}` | {size} MB | {said.replace(str(home), '...')} | {code} | status {after} | "
-                  f"{'yes' if same and not half else f'NO {half}'} |", flush=True)
-        finally:
-            subprocess.run(["umount", small], check=True)
-            shutil.rmtree(small)
-            shutil.rmtree(calm)
+        room = sum(path.stat().st_size for path in calm.rglob("*") if path.is_file()) / 1e6
+        for fills in (False, True):
+            out, size = small / "out", max(8, round(4 * room)) if fills else max(1, round(room / 1.5))
+            small.mkdir()
+            if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", small]).returncode:
+                sys.exit("a small disk needs root on Linux (mount -t tmpfs)")
+            try:
+                process = subprocess.Popen(command(script, home, out), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                           stderr=subprocess.STDOUT)
+                if fills:
+                    fill(small, process, out)
+                said = process.communicate()[0]
+                half = [path.name for path in small.rglob(".*tmp*")] + ["a traceback"] * ("Traceback" in said)
+                (small / "filler").unlink(missing_ok=True)
+                subprocess.run(["mount", "-o", f"remount,size={size * 10}m", small], check=True)
+                after, *_ = run(*command(script, home, out))
+                same = after == 0 and files(calm, pattern) == files(out, pattern)
+                print(f"| `{script}` | {'filled while it ran' if fills else f'{size} MB'} | "
+                      f"{said.splitlines()[-1][:240].replace(str(home), '...')} | {process.returncode} | status {after} | "
+                      f"{'yes' if same and not half else f'NO {half}'} |", flush=True)
+            finally:
+                subprocess.run(["umount", small], check=True)
+                shutil.rmtree(small)
+        shutil.rmtree(calm)
 
 
 def main():
