@@ -179,27 +179,29 @@ def seconds_of(function, device):
     return time.perf_counter() - start
 
 
-def rounds(functions, repeats, device, unit=None, every=3):
-    """{name: function} -> {name: [seconds in each round]}, after one round that does not count; with a function `unit`, also what these are
-    in units of its seconds, the mean of those before and after each group of `every` functions: {name: [ratio in each round]}."""
+def rounds(functions, repeats, device, unit=None, every=3, first=seconds_of):
+    """{name: function} -> {name: [seconds in each round]}, after a first round that does not count; with a function `unit`, also what these
+    are in units of its seconds, the mean of those before and after each group of `every` functions: {name: [ratio in each round]}, and what
+    `first` measured in the first round: {name: result}."""
     seconds, ratios, names = {name: [] for name in functions}, {name: [] for name in functions}, list(functions)
-    for k in range(repeats + 1):
+    warm = {name: first(function, device) for name, function in functions.items()}
+    for k in range(repeats):
         before = seconds_of(unit, device) if unit else 1
         for i in range(0, len(names), every):
             for name in names[i:i + every]:
                 seconds[name].append(seconds_of(functions[name], device))
-                print(f"round {k} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
+                print(f"round {k + 1} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
             after = seconds_of(unit, device) if unit else 1
             for name in names[i:i + every]:
                 ratios[name].append(seconds[name][-1] / ((before + after) / 2))
             before = after
-    seconds, ratios = ({name: x[1:] for name, x in part.items()} for part in (seconds, ratios))
-    return (seconds, ratios) if unit else seconds
+    return (seconds, ratios, warm) if unit else seconds
 
 
 def peak_memory(function, device):
     """Bytes that a call allocates at its peak, over what was there before."""
     if device.type == "cuda":
+        function()                                                  # compiles and fills caches
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -308,7 +310,7 @@ def steps(args, device):
         "MFD (ii), derivative of all rows": step(h, lambda *x: meanflow_all_rows(student, v, *x)),
         "MFT, finite differences": meanflow(0, "fd"), "MFT, exact": meanflow(0, "jvp"),
         "clip, AdamW": optimize, "average": lambda: torch._foreach_lerp_(average, weights, 1e-4)}
-    seconds, in_f = rounds(functions, args.repeats, device, forward)
+    seconds, in_f, memory = rounds(functions, args.repeats, device, forward, first=peak_memory)
     share = b / 64 / count_of_trajectories                          # of `trajectories` for a step: 64 pairs from each
     for part in (seconds, in_f):
         part["CMT, with its share of trajectories"] = [a + share * c for a, c in zip(part["CMT, student"], part["CMT, trajectories"],
@@ -325,13 +327,12 @@ def steps(args, device):
             row["flops"] = FLOOR[name] * (v_flops if name == "flow matching" else h_flops) / row["seconds"]
             row["utilization"] = row["flops"] / peak
         if name in functions and name not in ("clip, AdamW", "average", "forward (F)", "MFD (i), as published"):     # a quarter at a time
-            row["memory"] = peak_memory(functions[name], device)
+            row["memory"] = memory[name]
             row["with weights, average, moments"] = row["memory"] + base
         row["samples per second"] = None if name in ("clip, AdamW", "average", "CMT, trajectories") else b / row["seconds"]
         rows.append(row)
-    memory = {row["step"]: row["memory"] for row in rows if "memory" in row}
     for row in rows:
-        if row["step"].startswith("MF") and row["step"] in memory:
+        if row["step"].startswith("MF") and "memory" in row:
             row["memory, of flow matching's"] = row["memory"] / memory["flow matching"]
     return {"rows": rows, "peak_flops": peak, "peak_source": source, "parameters": sum(p.numel() for p in h.parameters())}
 
