@@ -198,7 +198,8 @@ def draw_picture(path, columns, names):
     for row, name in enumerate(names):
         pen.text((left - 6, top + row * (cell + gap) + cell / 2), name, fill="black", font=font, anchor="rm")
     for column, title in enumerate(columns):
-        pen.text((left + column * (cell + gap) + cell / 2, top / 2), title, fill="black", font=font, anchor="mm")
+        narrow = ImageFont.load_default(14 * min(1, cell / font.getlength(title)))
+        pen.text((left + column * (cell + gap) + cell / 2, top / 2), title, fill="black", font=narrow, anchor="mm")
     # Smoothly enlarged photographs can be too many bytes: then as squares, then with a palette.
     smooth, squares = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
     for resampling, colours in ((smooth, 0), (squares, 0), (smooth, 256)):
