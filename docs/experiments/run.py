@@ -53,29 +53,29 @@ def teacher_and_cmt(steps, folder):
             f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt"]
 
 
-def explosion():
+def explosion(steps=1450):
     """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs."""
     starts = {"random weights": "{exp}/random", "teacher's weights": "{run}/teacher", "CMT": "{run}/cmt"}
     recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
                "weight": ("", PUBLISHED_WEIGHT), "weight, lr 1e-4": ("", f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"),
                "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central"),
                "all, lr 1e-4": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central {PUBLISHED_RATE}")}
-    arms = {f"{start}, {recipe}": distill(more, init=init, ingredients=ingredients)
+    arms = {f"{start}, {recipe}": distill(f"{more} --steps {steps}", init=init, ingredients=ingredients)
             for start, init in starts.items() for recipe, (ingredients, more) in recipes.items()
             if start == "teacher's weights" or recipe in ("ours", "weight", "all", "all, lr 1e-4")}
     cmt = with_published("labels,embedding,times", f"{CMT} --steps 250 --teacher {{run}}/teacher --out {{out}}-cmt")
     for recipe in ("all", "all, lr 1e-4"):        # a published start is CMT as it was published, too
-        arms[f"CMT, {recipe}"] = [cmt, *distill(recipes[recipe][1], init="{out}-cmt", ingredients="labels")]
+        arms[f"CMT, {recipe}"] = [cmt, *distill(f"{recipes[recipe][1]} --steps {steps}", init="{out}-cmt", ingredients="labels")]
     return dict(arms=arms, also=TEACHER_50)
 
 
-def at_dimension(encoder):
+def at_dimension(encoder, steps=1450):
     """a, at another latent dimension: everything from the latents on anew, in {exp}/base. It grows by the number of tokens, as a token of
-    more channels than the head is wide (160) could not be told from noise."""
+    more channels than the head is wide (160) could not be told from noise; where a step takes seconds, the arms have fewer."""
     first = [f"{ENCODE} --out {{run}}/latents --encoder random:{encoder},seed=0",
              "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed} --resume",
              *teacher_and_cmt(2600, "{run}")]
-    arms = {name: chain for name, chain in explosion()["arms"].items() if not name.startswith("random")}
+    arms = {name: chain for name, chain in explosion(steps)["arms"].items() if not name.startswith("random")}
     return dict(run="{exp}/base", first=first, arms=arms, also=TEACHER_50)
 
 
@@ -89,7 +89,7 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
     "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
     "a-768": at_dimension("width=48,depth=2,heads=4,patch=8"),
     "a-3072": at_dimension("width=48,depth=2,heads=4,patch=4"),
-    "a-12288": at_dimension("width=48,depth=2,heads=4,patch=2"),
+    "a-12288": at_dimension("width=48,depth=2,heads=4,patch=2", steps=300),
     "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),
     "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
