@@ -70,9 +70,11 @@ def test_table_and_plot(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "log.jsonl").write_text('{"step": 10, "grad_norm_max": 3.0, "mse": 0.5, "seconds": 2.0}\n')
         (tmp_path / exp / "report.json").write_text(run.json.dumps({"rows": rows}))
-    run.plot("d", (0, 1), tmp_path / "d.png")
+        model.write_json(tmp_path / f"d-{seed}.json", {"rows": run.measured("d", seed)})
+    rows = run.numbers("d", (0, 1), tmp_path)
+    run.plot("d", rows, tmp_path / "d.png")
     assert (tmp_path / "d.png").stat().st_size > 5000
-    lines = run.table("d", (0, 1)).splitlines()
+    lines = run.table(rows).splitlines()
     assert lines[0] == "2 seeds"
     assert lines[4] == "| exact, 1 step | 1 | 2 ± 1.4 | 1 ± 0 | 2 ± 0 | 0.5000 ± 0 | 10 | 3 ± 0 | 0.5 ± 0 | 200 ± 0 |"
     assert "1 of 2 runs not finite" in lines[6] and "| not finite |" in lines[8]

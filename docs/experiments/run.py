@@ -4,6 +4,7 @@
     python docs/experiments/run.py b --seeds 0 1 2                     # -> runs/experiments/b; a second call goes on or prints again
     python docs/experiments/run.py b --list                            # the commands alone
     python docs/experiments/run.py h --plot docs/images/h.png          # a curve too (matplotlib)
+    python docs/experiments/run.py b --seeds 0 1 2 --print docs/experiments/numbers    # the table of the page again, from its numbers
 
 An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time (d, which compares times, wants --jobs 1
 --threads 2); then 5,000 samples for each number of evaluations, then sanity/report.py over all arms of a seed, with one classifier for
@@ -12,7 +13,6 @@ the published 1e-4. Distances in the encoder's space compare within an experimen
 """
 import argparse
 import json
-import math
 import os
 import re
 import shlex
@@ -24,7 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from model import InputError, command, write_atomically  # noqa: E402
+from model import InputError, command, provenance, read_json, write_atomically, write_json  # noqa: E402
+
+NUMBERS = "runs/experiments"
 
 COMMON = "--seed {seed} --log-every 50 --save-every 500 --keep 1 --resume"
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
@@ -176,66 +178,82 @@ def do(letter, seed, pool, threads):
     report += " ".join(shlex.quote(column) for _, column in whole.values())
     if not all(pool.map(chain, whole, ([line] for line, _ in whole.values()))) or not chain("report", [report]):
         raise InputError(f"experiment {letter}, seed {seed}: its samples could not be measured")
+    write_json(ROOT / NUMBERS / f"{letter}-{seed}.json", {**provenance(), "threads": threads, "rows": measured(letter, seed)})
 
 
-def table(letter, seeds):
+def measured(letter, seed):
+    """{row: its distances, if it could be sampled, and its training, if this experiment trained it}."""
+    exp, _, _, samples, _ = plan(letter, seed)
+    rows, found = {}, json.loads((ROOT / exp / "report.json").read_text())["rows"]
+    for name, (line, _) in samples.items():
+        rows[name] = {key: found[name][key] for key in ("nfe", "encoder", "classifier", "accuracy")} if name in found else {}
+        log = ROOT / line.split()[1] / "log.jsonl"
+        lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+        if lines and log.is_relative_to(ROOT / exp):
+            late = [x["mse"] for x in lines[-max(1, len(lines) // 5):] if x["mse"] is not None]
+            rows[name] |= dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late) if late else None,
+                               seconds=lines[-1]["seconds"] / lines[-1]["step"], steps=lines[-1]["step"])
+    return rows
+
+
+def numbers(letter, seeds, folder):
+    """{row: {seed: its numbers}} from the files LETTER-SEED.json of a folder."""
+    rows = {}
+    for seed in seeds:
+        for name, row in read_json(Path(folder) / f"{letter}-{seed}.json")["rows"].items():
+            rows.setdefault(name, {})[seed] = row
+    return rows
+
+
+def table(rows):
     """Markdown: means over seeds, with the standard deviation over seeds where there are several. As the arms of a seed share its teacher
     and noise, one column compares within seeds: an arm's distance in units of the first one's."""
-    rows, logs = {}, {}
-    for seed in seeds:
-        exp, _, arms, samples, _ = plan(letter, seed)
-        measured = json.loads((ROOT / exp / "report.json").read_text())["rows"]
-        for name, (line, _) in samples.items():
-            log = ROOT / line.split()[1] / "log.jsonl"
-            lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-            if lines and log.is_relative_to(ROOT / exp):
-                late = [x["mse"] for x in lines[-max(1, len(lines) // 5):] if x["mse"] is not None]
-                logs.setdefault(name, []).append(dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late or [math.nan]),
-                                                      seconds=lines[-1]["seconds"] / lines[-1]["step"], steps=lines[-1]["step"]))
-            rows.setdefault(name, {}).update({seed: measured[name]} if name in measured else {})
-    first = next(iter(rows.values()))
-
     def cell(values, form=".3g"):
+        values = [x for x in values if x is not None]
         spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-        return format(statistics.mean(values), form) + spread
+        return format(statistics.mean(values), form) + spread if values else ""
 
-    out = [f"{len(seeds)} seed{'s' * (len(seeds) > 1)}", "",
+    count, first = max(map(len, rows.values())), next(iter(rows.values()))
+    out = [f"{count} seed{'s' * (count > 1)}", "",
            "| | NFE | Frechet distance, encoder | of the first row's | Frechet distance, classifier | class accuracy | steps | "
            "largest gradient norm | mse, last fifth | ms a step |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, found in rows.items():
-        cells, x = ["", "not finite", "", "", ""], list(found.values())
-        if found:
-            ratios = [row["encoder"] / first[seed]["encoder"] for seed, row in found.items() if seed in first]
-            cells = [str(x[0]["nfe"]), cell([row["encoder"] for row in x]), cell(ratios) if ratios else "",
+        whole = {seed: row for seed, row in found.items() if "encoder" in row}
+        trained = [row for row in found.values() if "norm" in row]
+        cells = ["", "not finite", "", "", ""]
+        if whole:
+            ratios = [row["encoder"] / first[seed]["encoder"] for seed, row in whole.items() if "encoder" in first.get(seed, {})]
+            x = list(whole.values())
+            cells = [str(x[0]["nfe"]), cell([row["encoder"] for row in x]), cell(ratios),
                      cell([row["classifier"] for row in x]), cell([row["accuracy"] for row in x], ".4f")]
-            cells[1] += f" ({len(seeds) - len(found)} of {len(seeds)} runs not finite)" if len(found) < len(seeds) else ""
-        if name in logs:
-            cells += [", ".join(sorted({str(row["steps"]) for row in logs[name]})), cell([row["norm"] for row in logs[name]]),
-                      cell([row["mse"] for row in logs[name]]), cell([1000 * row["seconds"] for row in logs[name]], ".0f")]
+            cells[1] += f" ({len(found) - len(whole)} of {len(found)} runs not finite)" if len(whole) < len(found) else ""
+        if trained:
+            cells += [", ".join(sorted({str(row["steps"]) for row in trained})), cell([row["norm"] for row in trained]),
+                      cell([row["mse"] for row in trained]), cell([1000 * row["seconds"] for row in trained], ".0f")]
         out.append(f"| {name} | " + " | ".join(cells + [""] * (9 - len(cells))) + " |")
     return "\n".join(out)
 
 
-def plot(letter, seeds, path):
+def plot(letter, rows, path):
     """A PNG: distance in the encoder's space against the first number in an arm's name, a curve for each of the names without it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     curves = {}
-    for seed in seeds:
-        exp, *_, samples, _ = plan(letter, seed)
-        for name, row in json.loads((ROOT / exp / "report.json").read_text())["rows"].items():
-            found = re.search(r"(, )?(NFE |D = |w = )?(\d[\d.]*(e-?\d+)?)( steps)?", name)
-            if name in samples and found:
-                family = name.replace(found[0], "", 1).strip(", ") or "student"
-                curves.setdefault(family, {}).setdefault(float(found[3]), []).append(row["encoder"])
+    for name, found in rows.items():
+        point = re.search(r"(, )?(NFE |D = |w = )?(\d[\d.]*(e-?\d+)?)( steps)?", name)
+        distances = [row["encoder"] for row in found.values() if "encoder" in row]
+        if point and distances:
+            family = name.replace(point[0], "", 1).strip(", ") or "student"
+            curves.setdefault(family, {}).setdefault(float(point[3]), []).extend(distances)
     figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for family, points in curves.items():
         x = sorted(points)
         y, low, high = ([f(points[k]) for k in x] for f in (statistics.mean, min, max))
         line, = ax.plot(x, y, marker="o", markersize=3, linewidth=1, label=family)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-    title = f"experiment {letter}: mean and range, seeds {', '.join(map(str, seeds))}"
+    seeds = sorted({seed for found in rows.values() for seed in found})
+    title = f"experiment {letter}: mean and range, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     ax.set(xscale="log", yscale="log", ylabel="Frechet distance, encoder", title=title)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -250,6 +268,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of a job (default %(default)s)")
     parser.add_argument("--plot", metavar="PNG", help="draw the distances too (default: the table alone)")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--print", metavar="FOLDER", help="run nothing, print and plot the numbers kept in this folder, LETTER-SEED.json")
     args = parser.parse_args()
     for seed in args.seeds:
         if args.list:
@@ -257,13 +276,14 @@ def main():
             report += " ".join(shlex.quote(column) for _, column in samples.values())
             lines = [*first, *(line for chain in arms.values() for line in chain), *(line for line, _ in samples.values()), report]
             print("\n".join(f"python {line}" for line in lines))
-            continue
-        with ThreadPoolExecutor(args.jobs) as pool:
-            do(args.experiment, seed, pool, args.threads)
+        elif not args.print:
+            with ThreadPoolExecutor(args.jobs) as pool:
+                do(args.experiment, seed, pool, args.threads)
     if not args.list:
-        print(table(args.experiment, args.seeds))
+        rows = numbers(args.experiment, args.seeds, args.print or ROOT / NUMBERS)
+        print(table(rows))
         if args.plot:
-            plot(args.experiment, args.seeds, args.plot)
+            plot(args.experiment, rows, args.plot)
 
 
 if __name__ == "__main__":
