@@ -8,7 +8,8 @@
 
 F is one forward pass of the student for the same batch, without gradient. Steps are forward and backward of the stages' own losses, random
 data and weights; optimizer and average are timed apart. Everything is repeated in rounds, so that a busy machine disturbs all alike:
-medians, and ratios within a round, to the mean of the forward passes before and after a few steps. CMT's drawing of pairs, a gather, is
+medians, and ratios within a round, to the mean of the forward passes before and after a step. On a CPU, set the two variables of
+docs/COST.md, or glibc's taking and giving back of memory is measured too. CMT's drawing of pairs, a gather, is
 left out. GMAC: billions of multiply-adds of one image (half of the floating-point operations), once with the attention's two products of
 scores and values, once, as the paper counts, without.
 """
@@ -179,21 +180,19 @@ def seconds_of(function, device):
     return time.perf_counter() - start
 
 
-def rounds(functions, repeats, device, unit=None, every=3, first=seconds_of):
+def rounds(functions, repeats, device, unit=None, first=seconds_of):
     """{name: function} -> {name: [seconds in each round]}, after a first round that does not count; with a function `unit`, also what these
-    are in units of its seconds, the mean of those before and after each group of `every` functions: {name: [ratio in each round]}, and what
-    `first` measured in the first round: {name: result}."""
-    seconds, ratios, names = {name: [] for name in functions}, {name: [] for name in functions}, list(functions)
+    are in units of its seconds, the mean of those before and after each function, {name: [ratio in each round]}, and what `first` measured
+    in the first round, {name: result}."""
+    seconds, ratios = {name: [] for name in functions}, {name: [] for name in functions}
     warm = {name: first(function, device) for name, function in functions.items()}
     for k in range(repeats):
         before = seconds_of(unit, device) if unit else 1
-        for i in range(0, len(names), every):
-            for name in names[i:i + every]:
-                seconds[name].append(seconds_of(functions[name], device))
-                print(f"round {k + 1} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function, device))
+            print(f"round {k + 1} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
             after = seconds_of(unit, device) if unit else 1
-            for name in names[i:i + every]:
-                ratios[name].append(seconds[name][-1] / ((before + after) / 2))
+            ratios[name].append(seconds[name][-1] / ((before + after) / 2))
             before = after
     return (seconds, ratios, warm) if unit else seconds
 
