@@ -4,7 +4,7 @@
     python docs/experiments/run.py b --seeds 0 1 2                     # -> runs/experiments/b; a second call goes on or prints again
     python docs/experiments/run.py b --list                            # the commands alone
     python docs/experiments/run.py h --plot docs/images/h.png          # a curve too (matplotlib)
-    python docs/experiments/run.py b --seeds 0 1 2 --print docs/experiments/numbers    # the table of the page again, from its numbers
+    python docs/experiments/run.py b --seeds 0 1 2 --print FOLDER      # the table again, from files LETTER-SEED.json kept there
 
 An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time (d, which compares times, wants --jobs 1
 --threads 2); then 5,000 samples for each number of evaluations, then sanity/report.py over all arms of a seed, with one classifier for
