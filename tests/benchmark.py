@@ -7,13 +7,13 @@
     python tests/benchmark.py --metrics                # eval_fid.py's metrics of 50,000 x 2048 features (minutes on a CPU)
 
 F is one forward pass of the student for the same batch, without gradient. Steps are forward and backward of the stages' own losses, random
-data and weights; optimizer and average are timed apart. Everything is repeated in rounds, so that a busy machine disturbs all alike:
-medians, and ratios within a round, to the mean of the forward passes before and after a step. On a CPU, set the two variables of
-docs/COST.md, or glibc's taking and giving back of memory is measured too. CMT's drawing of pairs, a gather, is
-left out. GMAC: billions of multiply-adds of one image (half of the floating-point operations), once with the attention's two products of
-scores and values, once, as the paper counts, without.
+data and weights; optimizer and average are timed apart. A busy machine disturbs a step and its neighbours alike: every call stands
+between two forward passes and is divided by their mean; then medians. On a CPU, set the two variables of docs/COST.md, or glibc's taking
+and giving back of memory is measured too. CMT's drawing of pairs, a gather, is left out. GMAC: billions of multiply-adds of one image
+(half of the floating-point operations), once with the attention's two products of scores and values, once, as the paper counts, without.
 """
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -180,21 +180,23 @@ def seconds_of(function, device):
     return time.perf_counter() - start
 
 
-def rounds(functions, repeats, device, unit=None, first=seconds_of):
-    """{name: function} -> {name: [seconds in each round]}, after a first round that does not count; with a function `unit`, also what these
-    are in units of its seconds, the mean of those before and after each function, {name: [ratio in each round]}, and what `first` measured
-    in the first round, {name: result}."""
-    seconds, ratios = {name: [] for name in functions}, {name: [] for name in functions}
-    warm = {name: first(function, device) for name, function in functions.items()}
-    for k in range(repeats):
-        before = seconds_of(unit, device) if unit else 1
-        for name, function in functions.items():
+def repeated(functions, repeats, device, unit, first=seconds_of):
+    """{name: function} -> {name: [seconds]}, {name: [seconds over the mean of the calls of `unit` before and after]} and what `first`
+    measured of each function's first call, which does not count. One function after another, and between them the C library gives its free
+    memory back: left in pieces by steps of other sizes, it would not serve the next one, and 24 GB would not be enough."""
+    seconds, ratios, warm = {}, {}, {}
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+    for name, function in functions.items():
+        warm[name] = first(function, device)
+        units = [seconds_of(unit, device)]
+        seconds[name], ratios[name] = [], []
+        for _ in range(repeats):
             seconds[name].append(seconds_of(function, device))
-            print(f"round {k + 1} of {repeats}: {name} {seconds[name][-1]:.3g} s", file=sys.stderr)
-            after = seconds_of(unit, device) if unit else 1
-            ratios[name].append(seconds[name][-1] / ((before + after) / 2))
-            before = after
-    return (seconds, ratios, warm) if unit else seconds
+            units.append(seconds_of(unit, device))
+            ratios[name].append(seconds[name][-1] / statistics.mean(units[-2:]))
+            print(f"{name}: {seconds[name][-1]:.3g} s, {ratios[name][-1]:.3g} units", file=sys.stderr, flush=True)
+        give_back(0)
+    return seconds, ratios, warm
 
 
 def peak_memory(function, device):
@@ -309,7 +311,7 @@ def steps(args, device):
         "MFD (ii), derivative of all rows": step(h, lambda *x: meanflow_all_rows(student, v, *x)),
         "MFT, finite differences": meanflow(0, "fd"), "MFT, exact": meanflow(0, "jvp"),
         "clip, AdamW": optimize, "average": lambda: torch._foreach_lerp_(average, weights, 1e-4)}
-    seconds, in_f, memory = rounds(functions, args.repeats, device, forward, first=peak_memory)
+    seconds, in_f, memory = repeated(functions, args.repeats, device, forward, first=peak_memory)
     share = b / 64 / count_of_trajectories                          # of `trajectories` for a step: 64 pairs from each
     for part in (seconds, in_f):
         part["CMT, with its share of trajectories"] = [a + share * c for a, c in zip(part["CMT, student"], part["CMT, trajectories"],
@@ -374,7 +376,7 @@ def sampling(args, device):
             to_uint8(decoder(denormalize(z_0, stats))).cpu()
 
     functions = {f"{nfe} step{'s' * (nfe > 1)}": lambda nfe=nfe: run(nfe) for nfe in (1, 2, 50)}
-    seconds = rounds(functions, args.repeats, device)
+    seconds, _, _ = repeated(functions, args.repeats, device, functions["1 step"])
     return [{"sampling": name, "images per second": n / statistics.median(x), "from": n / max(x), "to": n / min(x)}
             for name, x in seconds.items()]
 
@@ -405,10 +407,10 @@ def reader(args):
         def ours():
             for _ in batches_of(latents, RowSampler(len(latents), 0, 256, [(0, 256)], 0, shards * each // 256), 0):
                 pass
-        seconds = rounds({"plain sequential read": plain, "reader, random order": ours}, args.repeats, torch.device("cpu"))
-    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
-    return [{"reading": name, "samples per second": shards * each / statistics.median(x), "of the plain read": share}
-            for (name, x), share in zip(seconds.items(), (1, ratio), strict=True)]
+        functions = {"plain sequential read": plain, "reader, random order": ours}
+        seconds, in_plain, _ = repeated(functions, args.repeats, torch.device("cpu"), plain)
+    return [{"reading": name, "samples per second": shards * each / statistics.median(x),
+             "of the plain read": 1 / statistics.median(in_plain[name])} for name, x in seconds.items()]
 
 
 def markdown(rows):
@@ -442,7 +444,7 @@ def main(argv=None):
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="tf32: the published one (default %(default)s)")
     add("--compile", action="store_true", help="torch.compile networks and derivative")
     add("--checkpoint-activations", action="store_true", help="as in the stages")
-    add("--repeats", type=int, default=5, help="rounds that count (default %(default)s)")
+    add("--repeats", type=int, default=5, help="calls that count (default %(default)s)")
     add("--json", help="also write everything to this file")
     args = parser.parse_args(argv)
     for chosen, function in ((args.table, table), (args.fit, fit), (args.metrics, metrics)):
