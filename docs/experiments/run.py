@@ -246,6 +246,7 @@ def plot(letter, rows, path):
         if point and distances:
             family = name.replace(point[0], "", 1).strip(", ") or "student"
             curves.setdefault(family, {}).setdefault(float(point[3]), []).extend(distances)
+            what = (point[2] or "steps").strip(" =")
     figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for family, points in curves.items():
         x = sorted(points)
@@ -253,8 +254,14 @@ def plot(letter, rows, path):
         line, = ax.plot(x, y, marker="o", markersize=3, linewidth=1, label=family)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
     seeds = sorted({seed for found in rows.values() for seed in found})
-    title = f"experiment {letter}: mean and range, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    ax.set(xscale="log", yscale="log", ylabel="Frechet distance, encoder", title=title)
+    title = f"experiment {letter}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{': mean and range' * (len(seeds) > 1)}"
+    ax.set(xscale="log", yscale="log", xlabel=what, ylabel="Frechet distance, encoder", title=title)
+    ticks = sorted({x for points in curves.values() for x in points})
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
