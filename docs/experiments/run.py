@@ -4,7 +4,7 @@
     python docs/experiments/run.py b --seeds 0 1 2                     # -> runs/experiments/b; a second call goes on or prints again
     python docs/experiments/run.py b --list                            # the commands alone
     python docs/experiments/run.py h --plot docs/images/h.png          # a curve too (matplotlib)
-    python docs/experiments/run.py b --seeds 0 1 2 --print FOLDER      # the table again, from files LETTER-SEED.json kept there
+    python docs/experiments/run.py b --seeds 0 1 2 --print docs/experiments/numbers    # the table of a page again, from its numbers
 
 An arm is a chain of the stages' own commands, on one thread each, --jobs of them at a time (d, which compares times, wants --jobs 1
 --threads 2); then 5,000 samples for each number of evaluations, then sanity/report.py over all arms of a seed, with one classifier for
@@ -239,14 +239,14 @@ def plot(letter, rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    curves = {}
+    curves, what = {}, ""
     for name, found in rows.items():
         point = re.search(r"(, )?(NFE |D = |w = )?(\d[\d.]*(e-?\d+)?)( steps)?", name)
         distances = [row["encoder"] for row in found.values() if "encoder" in row]
         if point and distances:
             family = name.replace(point[0], "", 1).strip(", ") or "student"
             curves.setdefault(family, {}).setdefault(float(point[3]), []).extend(distances)
-            what = (point[2] or "steps").strip(" =")
+            what = (point[2] or point[5] or what).strip(" =")
     figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for family, points in curves.items():
         x = sorted(points)
