@@ -192,14 +192,15 @@ def draw_picture(path, columns, names):
     """PNG below 1 MB: a row for each of `names`, a column for each of `columns`, {title: uint8 (rows, 3, S, S)}."""
     size = next(iter(columns.values())).shape[2]
     cell, gap, font = size * (96 // size) if size <= 96 else 96, 4, ImageFont.load_default(14)
-    left, top = int(max(font.getlength(name) for name in names)) + 12, 26
+    titles = [title.replace(", ", ",\n") for title in columns]                    # an experiment's arms have long names
+    left, top = int(max(font.getlength(name) for name in names)) + 12, 9 + 17 * max(len(title.split("\n")) for title in titles)
     picture = Image.new("RGB", (left + len(columns) * (cell + gap), top + len(names) * (cell + gap)), "white")
     pen = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
         pen.text((left - 6, top + row * (cell + gap) + cell / 2), name, fill="black", font=font, anchor="rm")
-    for column, title in enumerate(columns):
-        narrow = ImageFont.load_default(14 * min(1, cell / font.getlength(title)))
-        pen.text((left + column * (cell + gap) + cell / 2, top / 2), title, fill="black", font=narrow, anchor="mm")
+    for column, title in enumerate(titles):
+        narrow = ImageFont.load_default(14 * min(1, cell / max(font.getlength(line) for line in title.split("\n"))))
+        pen.text((left + column * (cell + gap) + cell / 2, top / 2), title, fill="black", font=narrow, anchor="mm", align="center")
     # Smoothly enlarged photographs can be too many bytes: then as squares, then with a palette.
     smooth, squares = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
     for resampling, colours in ((smooth, 0), (squares, 0), (smooth, 256)):
