@@ -84,7 +84,8 @@ def at_dimension(encoder, steps=1450):
 TEACHER_50 = {"teacher": ("{run}/teacher", "--nfe 50")}
 WEIGHTS = {"p = 0": "--loss-power 0", "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-eps 1e-3", "p = 1, c = 0.1": "--loss-power 1",
            "p = 1, c = 1e-2": "--loss-power 1 --loss-eps 1e-2",
-           "published": PUBLISHED_WEIGHT, "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
+           "published, c = 1e4": f"{PUBLISHED_WEIGHT} --loss-eps 1e4", "published": PUBLISHED_WEIGHT,
+           "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
 TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
