@@ -260,7 +260,7 @@ def test_workers_outlive_signals_but_not_their_training(data):
 import multiprocessing, os, signal, sys, time
 from encode_latents import Images, batches_of
 batches = batches_of(Images({str(data)!r}, 16), [[0], [1], [2]] * 9, workers=2)
-next(batches)
+next(batches), next(batches)                    # one from each worker: both are up
 for number in (signal.SIGTERM, signal.SIGINT):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, number)
