@@ -273,6 +273,16 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Fused, except where torch.compile traces: its kernels fuse the formula as well, and the fused operator's forward-mode derivative
+    cannot be traced on a GPU (torch 2.11: an internal assertion)."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+
 def modulation(width, parts):
     """condition -> `parts` shifts, scales and gates; zero at the start, so that a block is the identity (AdaLN-Zero, DiT)."""
     layer = nn.Linear(width, parts * width)
@@ -284,7 +294,7 @@ def modulation(width, parts):
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.norm1, self.norm2 = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
         self.attn, self.mlp = Attention(width, heads), SwiGLU(width)
         self.adaLN_modulation = modulation(width, 6)
 
@@ -298,7 +308,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width, channels):
         super().__init__()
-        self.norm_final = nn.RMSNorm(width, eps=1e-6)
+        self.norm_final = RMSNorm(width, eps=1e-6)
         self.adaLN_modulation = modulation(width, 2)
         self.linear = nn.Linear(width, channels)
         nn.init.zeros_(self.linear.weight)

@@ -1,5 +1,6 @@
-"""What the tests share: our files on the path, one thread per process, and the published figures' weights."""
+"""What the tests share: our files on the path, two threads, no GPU but where a test asks for it, and the published figures' weights."""
 import json
+import os
 import signal
 import sys
 import zlib
@@ -12,6 +13,26 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(2)
+
+# Tests compare to the bit and start more processes than a machine may have GPUs: they see none, nor do their children. See test_gpu.py.
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+if GPU := torch.cuda.is_available():
+    torch.cuda.init()                             # and count, before the variable changes
+    torch.cuda.device_count()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.cuda.is_available = lambda: False
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    if not GPU:
+        pytest.skip("no GPU here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+    return torch.device("cuda")
 
 
 def uniform(name, shape):

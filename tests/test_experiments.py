@@ -70,7 +70,7 @@ def test_table_and_plot(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "log.jsonl").write_text('{"step": 10, "grad_norm_max": 3.0, "mse": 0.5, "seconds": 2.0}\n')
         (tmp_path / exp / "report.json").write_text(run.json.dumps({"rows": rows}))
-        model.write_json(tmp_path / f"d-{seed}.json", {"rows": run.measured("d", seed)})
+        model.write_json(tmp_path / f"d-{seed}.json", {"device": "CPU", "rows": run.measured("d", seed)})
     rows = run.numbers("d", (0, 1), tmp_path)
     run.plot("d", rows, tmp_path / "d.png")
     assert (tmp_path / "d.png").stat().st_size > 5000

@@ -436,11 +436,15 @@ def test_a_signal_saves_and_stops(home, tmp_path):
     assert len(states) == 1 and int(model.read_tensors(states[0])[1]["step"]) == log(tmp_path / "out")[-1]["step"]
 
 
+def save_decoder(home, out):
+    sizes = dict(input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
+    config = {"kind": "decoder", "network": sizes}
+    model.save_network(out, model.ViTDecoder(**sizes).state_dict(), config, model.load_stats(home / "latents"))
+
+
 def test_sampling_from_what_was_trained(home, tmp_path):
     """Noise and labels depend on the seed and the number of the image alone; an interrupted run goes on; the file is ADM's."""
-    decoder = model.ViTDecoder(4, 12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
-    model.save_network(tmp_path / "decoder", decoder.state_dict(), {"kind": "decoder", "network": dict(
-        input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)}, model.load_stats(home / "latents"))
+    save_decoder(home, tmp_path / "decoder")
 
     def run(name, *more, world=1):
         network = tmp_path / "teacher" if "lively" in name else home / ("teacher" if "teacher" in name else "cmt")

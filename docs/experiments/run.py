@@ -28,7 +28,7 @@ from model import InputError, command, provenance, read_json, write_atomically, 
 
 NUMBERS = "runs/experiments"
 
-COMMON = "--seed {seed} --log-every 50 --save-every 500 --keep 1 --resume"
+COMMON = "--seed {seed} --precision fp32 --log-every 50 --save-every 500 --keep 1 --resume"            # on a GPU too
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
 TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 "
            "--latents {run}/latents " + COMMON)
@@ -201,8 +201,9 @@ def numbers(letter, seeds, folder):
     """{row: {seed: its numbers}} from the files LETTER-SEED.json of a folder."""
     rows = {}
     for seed in seeds:
-        for name, row in read_json(Path(folder) / f"{letter}-{seed}.json")["rows"].items():
-            rows.setdefault(name, {})[seed] = row
+        found = read_json(Path(folder) / f"{letter}-{seed}.json")
+        for name, row in found["rows"].items():
+            rows.setdefault(name, {})[seed] = {**row, "device": found["device"]}
     return rows
 
 
@@ -230,7 +231,9 @@ def table(rows):
             cells[1] += f" ({len(found) - len(whole)} of {len(found)} runs not finite)" if len(whole) < len(found) else ""
         if trained:
             cells += [", ".join(sorted({str(row["steps"]) for row in trained})), cell([row["norm"] for row in trained]),
-                      cell([row["mse"] for row in trained]), cell([1000 * row["seconds"] for row in trained], ".0f")]
+                      cell([row["mse"] for row in trained])]
+            if len({row["device"] for row in trained}) == 1:                      # seconds of one machine compare
+                cells.append(cell([1000 * row["seconds"] for row in trained], ".0f"))
         out.append(f"| {name} | " + " | ".join(cells + [""] * (9 - len(cells))) + " |")
     return "\n".join(out)
 
