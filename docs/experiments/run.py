@@ -244,10 +244,11 @@ def plot(letter, rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     curves, what = {}, ""
+    jumps = len(EXPERIMENTS[letter].get("nfe", (1,))) > 1                            # then they end a name, and are no arm's number
     for name, found in rows.items():
-        point = re.search(r"(, )?(NFE |D = |w = )?(\d[\d.]*(e-?\d+)?)( steps)?", name)
+        point = re.search(r"(, )?(NFE |D = |w = )?(\d[\d.]*(e-?\d+)?)( steps?)?", name)
         distances = [row["encoder"] for row in found.values() if "encoder" in row]
-        if point and distances:
+        if point and distances and not (jumps and point.end() == len(name)):
             family = name.replace(point[0], "", 1).strip(", ") or "student"
             curves.setdefault(family, {}).setdefault(float(point[3]), []).extend(distances)
             what = (point[2] or point[5] or what).strip(" =")
