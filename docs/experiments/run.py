@@ -91,7 +91,7 @@ SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
     "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
     "a-768": at_dimension("width=48,depth=2,heads=4,patch=8"),
-    "a-3072": at_dimension("width=48,depth=2,heads=4,patch=4"),
+    "a-3072": at_dimension("width=48,depth=2,heads=4,patch=4", steps=1000),
     "a-12288": at_dimension("width=48,depth=2,heads=4,patch=2", steps=300),
     "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),
