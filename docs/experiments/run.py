@@ -57,7 +57,7 @@ def teacher_and_cmt(steps, folder):
 
 def explosion(steps=1450):
     """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs."""
-    starts = {"random weights": "{exp}/random", "teacher's weights": "{run}/teacher", "CMT": "{run}/cmt"}
+    starts = {"CMT": "{run}/cmt", "teacher's weights": "{run}/teacher", "random weights": "{exp}/random"}
     recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
                "weight": ("", PUBLISHED_WEIGHT), "weight, lr 1e-4": ("", f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"),
                "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central"),
@@ -199,12 +199,12 @@ def measured(letter, seed):
 
 def numbers(letter, seeds, folder):
     """{row: {seed: its numbers}} from the files LETTER-SEED.json of a folder."""
-    rows = {}
+    rows = {name: {} for name in plan(letter, 0)[3]}                                 # in the experiment's order
     for seed in seeds:
         found = read_json(Path(folder) / f"{letter}-{seed}.json")
         for name, row in found["rows"].items():
             rows.setdefault(name, {})[seed] = {**row, "device": found["device"]}
-    return rows
+    return {name: found for name, found in rows.items() if found}
 
 
 def table(rows):
