@@ -48,37 +48,39 @@ def distill(more="", teacher="{run}/teacher", init="{run}/cmt", stage=MFD, ingre
     return [with_published(ingredients, f"{stage} --teacher {teacher} --init {init} --out {{out}} {more}")]
 
 
-def teacher_and_cmt(steps, folder):
+def teacher_and_cmt(steps, folder, teacher="", cmt=""):
     """A teacher of so many steps and its CMT student, in `folder`/teacher and `folder`/cmt. The average forgets its start."""
     ema = min(0.998, 1 - 5.2 / steps)
-    return [f"{TEACHER} --ema {ema:.5g} --steps {steps} --out {folder}/teacher",
-            f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt"]
+    return [f"{TEACHER} --ema {ema:.5g} --steps {steps} --out {folder}/teacher {teacher}",
+            f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt {cmt}"]
 
 
-def explosion(steps=1450):
+def explosion(steps=1450, mfd="", only=None):
     """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs."""
     starts = {"CMT": "{run}/cmt", "teacher's weights": "{run}/teacher", "random weights": "{exp}/random"}
     recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
                "weight": ("", PUBLISHED_WEIGHT), "weight, lr 1e-4": ("", f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"),
                "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central"),
                "all, lr 1e-4": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central {PUBLISHED_RATE}")}
-    arms = {f"{start}, {recipe}": distill(f"{more} --steps {steps}", init=init, ingredients=ingredients)
+    arms = {f"{start}, {recipe}": distill(f"{mfd} {more} --steps {steps}", init=init, ingredients=ingredients)
             for start, init in starts.items() for recipe, (ingredients, more) in recipes.items()
             if start == "teacher's weights" or recipe in ("ours", "weight", "all", "all, lr 1e-4")}
     cmt = with_published("labels,embedding,times", f"{CMT} --steps 250 --teacher {{run}}/teacher --out {{out}}-cmt")
     for recipe in ("all", "all, lr 1e-4"):        # a published start is CMT as it was published, too
-        arms[f"CMT, {recipe}"] = [cmt, *distill(f"{recipes[recipe][1]} --steps {steps}", init="{out}-cmt", ingredients="labels")]
-    return dict(arms=arms, also=TEACHER_50)
+        arms[f"CMT, {recipe}"] = [cmt, *distill(f"{mfd} {recipes[recipe][1]} --steps {steps}", init="{out}-cmt", ingredients="labels")]
+    return dict(arms={name: chain for name, chain in arms.items() if not only or name.split(", ", 1)[1] in only}, also=TEACHER_50)
 
 
-def at_dimension(encoder, steps=1450):
-    """a, at another latent dimension: everything from the latents on anew, in {exp}/base. It grows by the number of tokens, as a token of
-    more channels than the head is wide (160) could not be told from noise; where a step takes seconds, the arms have fewer."""
+def elsewhere(encoder, teacher=2600, more=("", "", ""), **arms):
+    """a, at another latent dimension or with another network: everything from the latents on anew, in {exp}/base. The dimension grows by
+    the number of tokens, as a token of more channels than the head is wide (160) could not be told from noise; where a step takes long,
+    the arms are fewer and have fewer. teacher: its steps; more: flags of the teacher, CMT and MFD."""
     first = [f"{ENCODE} --out {{run}}/latents --encoder random:{encoder},seed=0",
              "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed} --resume",
-             *teacher_and_cmt(2600, "{run}")]
-    arms = {name: chain for name, chain in explosion(steps)["arms"].items() if not name.startswith("random")}
-    return dict(run="{exp}/base", first=first, arms=arms, also=TEACHER_50)
+             *teacher_and_cmt(teacher, "{run}", *more[:2])]
+    experiment = explosion(mfd=more[2], **arms)
+    experiment["arms"] = {name: chain for name, chain in experiment["arms"].items() if not name.startswith("random")}
+    return dict(run="{exp}/base", first=first, **experiment)
 
 
 TEACHER_50 = {"teacher": ("{run}/teacher", "--nfe 50")}
@@ -90,9 +92,12 @@ TEACHERS = (300, 800, 2600, 6000)                                               
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
     "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
-    "a-768": at_dimension("width=48,depth=2,heads=4,patch=8"),
-    "a-3072": at_dimension("width=48,depth=2,heads=4,patch=4", steps=1000),
-    "a-12288": at_dimension("width=48,depth=2,heads=4,patch=2", steps=300),
+    "a-768": elsewhere("width=48,depth=2,heads=4,patch=8"),
+    "a-3072": elsewhere("width=48,depth=2,heads=4,patch=4", steps=1000),
+    "a-12288": elsewhere("width=48,depth=2,heads=4,patch=2", steps=1000, only=("ours", "labels", "embedding", "weight", "all")),
+    "a-49152": elsewhere("width=48,depth=2,heads=4,patch=1", teacher=1300, steps=300, only=("ours", "weight")),
+    "a-S": elsewhere("width=64,depth=2,heads=4,patch=8", steps=1000, only=("ours", "weight"),
+                     more=("--preset DiTDH-S --lr 3e-4 --lr-final 1e-5", "--lr 1.5e-4 --lr-final 1e-5", "--lr 1e-4 --lr-final 1e-5")),
     "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),
     "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
