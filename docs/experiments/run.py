@@ -55,16 +55,19 @@ def teacher_and_cmt(steps, folder, teacher="", cmt=""):
             f"{CMT} --steps 250 --teacher {folder}/teacher --out {folder}/cmt {cmt}"]
 
 
-def explosion(steps=1450, mfd="", only=None):
-    """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs."""
+def explosion(steps=1450, mfd="", only=None, c=None):
+    """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs. c: their
+    weight with this constant, too."""
     starts = {"CMT": "{run}/cmt", "teacher's weights": "{run}/teacher", "random weights": "{exp}/random"}
     recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
                "weight": ("", PUBLISHED_WEIGHT), "weight, lr 1e-4": ("", f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"),
                "all": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central"),
                "all, lr 1e-4": ("labels,embedding", f"{PUBLISHED_WEIGHT} --derivative fd-central {PUBLISHED_RATE}")}
+    if c:
+        recipes[f"weight, c = {c}"] = ("", f"{PUBLISHED_WEIGHT} --loss-eps {c}")
     arms = {f"{start}, {recipe}": distill(f"{mfd} {more} --steps {steps}", init=init, ingredients=ingredients)
             for start, init in starts.items() for recipe, (ingredients, more) in recipes.items()
-            if start == "teacher's weights" or recipe in ("ours", "weight", "all", "all, lr 1e-4")}
+            if start == "teacher's weights" or recipe in ("ours", "weight", f"weight, c = {c}", "all", "all, lr 1e-4")}
     cmt = with_published("labels,embedding,times", f"{CMT} --steps 250 --teacher {{run}}/teacher --out {{out}}-cmt")
     for recipe in ("all", "all, lr 1e-4"):        # a published start is CMT as it was published, too
         arms[f"CMT, {recipe}"] = [cmt, *distill(f"{mfd} {recipes[recipe][1]} --steps {steps}", init="{out}-cmt", ingredients="labels")]
@@ -93,7 +96,7 @@ SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
     "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
     "a-768": elsewhere("width=48,depth=2,heads=4,patch=8"),
-    "a-3072": elsewhere("width=48,depth=2,heads=4,patch=4", steps=1000),
+    "a-3072": elsewhere("width=48,depth=2,heads=4,patch=4", steps=1000, c="9.4e4"),         # (0.1 C H W)^2
     "a-12288": elsewhere("width=48,depth=2,heads=4,patch=2", steps=1000, only=("ours", "labels", "embedding", "weight", "all")),
     "a-49152": elsewhere("width=48,depth=2,heads=4,patch=1", teacher=1300, steps=300, only=("ours", "weight")),
     "a-S": elsewhere("width=64,depth=2,heads=4,patch=8", steps=1000, only=("ours", "weight"),
