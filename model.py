@@ -146,6 +146,8 @@ def guided(teacher, scale=1.0, interval=(0.0, 1.0), weak=None):
         if weak:
             raise InputError("--weak-teacher does nothing without --guidance W, W above 1")
         return teacher
+    if interval[0] > interval[1]:
+        raise InputError(f"--guidance-interval {interval[0]} {interval[1]}: the lower time comes first")
     if weak and (weak.shape != teacher.shape or weak.num_classes != teacher.num_classes):
         raise InputError(f"the weak teacher has latents {weak.shape} and {weak.num_classes} classes, the teacher {teacher.shape} and "
                          f"{teacher.num_classes}")

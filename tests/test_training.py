@@ -286,6 +286,81 @@ def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
     assert not torch.equal(calls[0][3], calls[1][3]) and not torch.equal(calls[0][3], calls[2][3])
 
 
+def test_flags_reach_the_loss(home, tmp_path, monkeypatch):
+    """Derivative, step, weight: as given, not as by default; and the network is given the labels of the loss, dropped once."""
+    forward, seen = model.DiTDH.forward, []
+
+    def watching(self, z, t, y, s=None):
+        seen.extend([y] if s is not None else [])
+        return forward(self, z, t, y, s)
+    monkeypatch.setattr(model.DiTDH, "forward", watching)
+    calls = watch(monkeypatch, train_meanflow, "meanflow_loss")
+    train(home, "meanflow", tmp_path / "out", "--steps", "1", "--batch-size", "64", "--label-dropout", "0.5", "--derivative", "fd-central",
+          "--delta-t", "0.02", "--loss-form", "published", "--loss-power", "0.25", "--loss-eps", "7")
+    (*_, y, _, derivative, delta_t, form, power, loss_eps, _), = calls
+    assert (derivative, delta_t, form, power, loss_eps) == ("fd-central", 0.02, "published", 0.25, 7.0)
+    assert [labels.tolist() for labels in seen] == [y.tolist(), y[::4].repeat(2).tolist()]
+
+
+@pytest.mark.parametrize("script", [train_cmt, train_meanflow, sample])
+def test_flags_reach_the_guidance(home, tmp_path, monkeypatch, script):
+    save_decoder(home, tmp_path / "decoder")
+    lively(home, tmp_path / "weak")
+    calls = watch(monkeypatch, script, "guided")
+    flags = ["--guidance", "1.5", "--guidance-interval", "0.2", "0.7", "--weak-teacher", str(tmp_path / "weak")]
+    if script is sample:
+        sample.main([f"{home}/teacher", "--decoder", f"{tmp_path}/decoder", "--num-samples", "2", "--nfe", "2", "--out",
+                     f"{tmp_path}/a.npz", *flags])
+    else:
+        train(home, "cmt" if script is train_cmt else "meanflow", tmp_path / "out", "--steps", "1", *flags)
+    (teacher, scale, interval, weak, _), = calls
+    assert scale == 1.5 and list(interval) == [0.2, 0.7]
+    for net, folder in ((teacher, home / "teacher"), (weak, tmp_path / "weak")):
+        assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in weights(folder).items())
+
+
+def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
+    """All pairs of points of the teacher's trajectories for their labels, at the true, shifted times; labels dropped; the age logged."""
+    teacher = model.load_network(lively(home, tmp_path / "teacher"))[0]
+    make, pools, first = train_cmt.TrajectoryPool, [], []
+
+    def watched(*args):
+        pools.append(make(*args))
+        first.append(pools[0].points[:, :, 0].clone())
+        return pools[0]
+    monkeypatch.setattr(train_cmt, "TrajectoryPool", watched)
+    calls = watch(monkeypatch, train_cmt, "consistency_loss")
+    train(home, "cmt", tmp_path / "out", "--steps", "8", "--teacher", tmp_path / "teacher", "--teacher-steps", "5", "--time-shift", "2.5",
+          "--batch-size", "256", "--micro-batch", "256", "--pool-age", "8", "--label-dropout", "0.4")
+    pool, = pools
+    times = torch.tensor(model.ode_times(5, 2.5))
+    assert torch.equal(pool.times, times) and len(times) == 6 and times[-1] == 0
+    for i in range(5):                            # Euler's steps by hand, with the pool's labels
+        with torch.no_grad():
+            z, y = pool.points[0], pool.y[0]
+            step = z[:, i] - (times[i] - times[i + 1]) * teacher(z[:, i], times[i].repeat(len(z)), y)
+        assert torch.allclose(step, z[:, i + 1], atol=1e-5)
+    t, s, y = (torch.cat([call[k] for call in calls]) for k in (3, 4, 5))
+    assert set(zip(t.tolist(), s.tolist(), strict=True)) == {(a, b) for a in times.tolist() for b in times.tolist() if a > b}
+    assert len(pool.points[:, :, 0].flatten(2).flatten(0, 1).unique(dim=0)) == 32 * 8         # each trajectory another noise
+    assert [torch.equal(pool.points[:, k, 0], first[0][:, k]) for k in range(8)] == 6 * [False] + 2 * [True]   # 3 quarters renewed
+    assert 0.3 < (y == 3).float().mean() < 0.5                                    # 3 is 'no label'; 8 to 14 trajectories of 32 groups
+    assert all(len(call[5][:8].unique()) > 1 or len(call[1][:8].unique(dim=0)) > 1 for call in calls)
+    ages = [line["pair_age"] for line in log(tmp_path / "out")]
+    assert ages[0] == 0 and ages[1] == 1 and 1 < ages[-1] < 8
+
+
+def test_defaults_are_the_papers():
+    """What a run without flags does: METHOD's numbers at 256 px."""
+    same = dict(lr=1e-4, clip=1.0, label_dropout=0.1, guidance=1.0, guidance_interval=[0.0, 1.0], weak_teacher=None)
+    for script, numbers in ((train_cmt, dict(steps=27_000, batch_size=512, pairs=64, pool_age=64, teacher_steps=16, solver="euler",
+                                             ema=0.999)),
+                            (train_meanflow, dict(steps=180_000, batch_size=256, eta=[1.0], derivative="jvp", delta_t=0.005, ema=0.9999,
+                                                  loss_form="published", loss_power=1.0, loss_eps=1e-3))):
+        args = vars(script.parse_args([]))
+        assert {key: args[key] for key in {**same, **numbers}} == {**same, **numbers}
+
+
 @pytest.mark.parametrize("law, mean", [("uniform", 0.676), ("logit-normal", 0.7145)])
 def test_what_the_teacher_trains_on(home, tmp_path, monkeypatch, law, mean):
     """t: one shifted draw, whose mean at a = 3 is 3/2 - 3/4 ln 3 = 0.676 for a uniform u (logit-normal: by simulation)."""
@@ -298,7 +373,7 @@ def test_what_the_teacher_trains_on(home, tmp_path, monkeypatch, law, mean):
 
 OPTIONS = [("teacher", ["--checkpoint-activations"], "same"), ("meanflow", ["--checkpoint-activations"], "same"),
            ("cmt", ["--solver", "heun"], "other"), ("meanflow", ["--derivative", "fd"], "near"),
-           ("teacher", ["--precision", "bf16"], "near"), ("cmt", ["--precision", "bf16"], "near"),
+           ("meanflow", ["--eta", "0"], "other"), ("teacher", ["--precision", "bf16"], "near"), ("cmt", ["--precision", "bf16"], "near"),
            ("meanflow", ["--precision", "bf16"], "near"), ("meanflow", ["--precision", "bf16", "--derivative", "fd"], "near"),
            ("teacher", ["--compile"], "same"), ("cmt", ["--compile"], "same"), ("meanflow", ["--compile"], "same"),
            ("meanflow", ["--compile", "--derivative", "fd"], "near"), ("meanflow", ["--compile", "--precision", "bf16"], "near")]
@@ -347,6 +422,9 @@ def test_mistakes(home, tmp_path):
         ("train_teacher.py", ["--latents", home / "latents", "--out", new, "--time-shift", 0], "--time-shift above 0"),
         ("train_cmt.py", ["--teacher", home / "teacher", "--out", new, "--pairs", 0], "--pairs"),
         ("train_meanflow.py", ["--latents", home / "latents", "--out", new, "--eta", 1, 0.5, 0], "--eta"),
+        ("train_meanflow.py", ["--latents", home / "latents", "--out", new, "--eta", 1.5], "from 0 to 1"),
+        ("train_meanflow.py", ["--latents", home / "latents", "--out", new, "--eta", 0, "--guidance", 2], "--eta 0 has none"),
+        ("train_cmt.py", ["--teacher", home / "teacher", "--out", new, "--guidance", 2, "--guidance-interval", 0.9, 0.1], "comes first"),
         ("sample.py", [home / "latents"], "config.json"),
     ]
     for script, argv, words in expected:
