@@ -311,11 +311,11 @@ def main(argv=None):
     run = Run(args)
     if len(args.eta) > 2 or not all(0 <= eta <= 1 for eta in args.eta) or args.delta_t <= 0:
         raise InputError("--eta takes a number from 0 to 1, or two: of the first and of the last step; --delta-t is above 0")
-    if not any(args.eta) and (args.guidance != 1 or args.weak_teacher):
+    needs_teacher = any(args.eta)
+    if not needs_teacher and (args.guidance != 1 or args.weak_teacher):
         raise InputError("--guidance and --weak-teacher guide the teacher, and --eta 0 has none")
     from encode_latents import TrainingData  # the only other file this stage needs
     data = TrainingData(args.latents, args.data_path, args.synthetic)
-    needs_teacher = any(args.eta)
     if args.synthetic:
         sizes = dict(input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes), **DIT_PRESETS[args.preset])
         teacher, student, stats = DiTDH(**sizes) if needs_teacher else None, DiTDH(**sizes, time_difference=True), data.stats

@@ -344,6 +344,7 @@ def test_precision_of_the_derivative(derivative):
             meanflow_loss(lambda z, t, s, y: z, lambda z, t, y: z, z_0, eps, t, s, torch.zeros(4), derivative=derivative, h_fixed=h_fixed)
             assert torch.is_autocast_enabled("cpu")
         assert set(seen) == {(False, "highest") if derivative == "fd" else (True, "high")}
+        assert len(seen) == (2 if derivative == "fd" else 1)                      # both ends, and the centre anew: h_t is in bf16
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -56,8 +56,8 @@ def teacher_and_cmt(steps, folder, teacher="", cmt=""):
 
 
 def explosion(steps=1450, mfd="", only=None, c=None):
-    """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs. c: their
-    weight with this constant, too."""
+    """a: with and without CMT; then each ingredient of the published code alone and together, at our learning rate and at theirs. mfd:
+    more flags of every arm; only: recipes, not all; c: another constant of their weight, too."""
     starts = {"CMT": "{run}/cmt", "teacher's weights": "{run}/teacher", "random weights": "{exp}/random"}
     recipes = {"ours": ("", ""), "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
                "weight": ("", PUBLISHED_WEIGHT), "weight, lr 1e-4": ("", f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"),
