@@ -1,68 +1,72 @@
 """Stage 2: consistency mid-training (CMT, arXiv 2509.24526), the start of every few-step student here.
+ Learns long jumps along the teacher's own trajectories. From noise z_1 the teacher's PF-ODE is solved on
+the shifted grid 1 = t_0 > t_1 > ... > t_N = 0. Between any two of its points, at t = t_i and s = t_j < t,
+the student regresses the mean velocity:
 
-Learns long jumps along the teacher's own trajectories. From noise z_1 the teacher's PF-ODE is solved on the shifted grid
-1 = t_0 > t_1 > ... > t_N = 0; between any two of its points, at t = t_i and s = t_j < t, the student regresses the mean velocity,
+    || h(z_t, t, y, s) - (z_t - z_s) / (t - s) ||^2
+ No images are needed: only noise, labels and the teacher, whose weights the student starts from (the
+embedding of t - s is new and starts at zero). The times are the true ones of the solver's grid.
 
-    || h(z_t, t, s, y) - (z_t - z_s) / (t - s) ||^2.
-
-No images are needed: only noise, labels and the teacher, whose weights the student starts from (the embedding of t - s is new and
-starts at zero). The times are the true ones of the solver's grid.
-
-    python train_cmt.py                                        # one GPU (or CPU): reads runs/teacher, writes runs/cmt
-    torchrun --nproc_per_node=8 train_cmt.py                   # eight GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_cmt.py --pairs 16    # on each of four nodes
-    python train_cmt.py --synthetic --steps 20                 # does XL fit, how fast is it? (random networks, no files)
+    python train_cmt.py                               # one GPU (or CPU): reads runs/teacher, writes runs/cmt
+    torchrun --nproc_per_node=8 train_cmt.py          # eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train_cmt.py --pairs 16                       # on each of four nodes
+    python train_cmt.py --synthetic --steps 20        # does XL fit, how fast is it? (no files)
 
 Defaults are those of MF-RAE (arXiv 2511.13019) for ImageNet at 256 px.
 """
-import argparse
+import copy
 import json
 import math
-import os
-import re
-import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
-from model import (DIT_PRESETS, DiTDH, InputError, command, default_time_shift, generator, generators, guided, load_network, load_stats,
-                   ode_times, processes, provenance, read_json, read_tensors, save_network, solve_ode, write_atomically, write_json,
-                   write_tensors)
+from model import (
+    DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
+    command, default_time_shift, distribute, fraction, generator, generators, guided, is_first, launch,
+    load_network, load_newest_state, load_stats, not_negative, ode_times, positive, save_state, say,
+    solve_ode, stop_signal, whole)
 
 
-def consistency_loss(h, z_t, z_s, t, s, y):
+def consistency_loss(h, z_t, z_s, t, y, s):
     """Regress the jump between two points of one trajectory of the teacher (CMT; MF-RAE, section 3.2).
 
-    h: (z, t, s, y) -> mean velocity; z_t, z_s: (B, C, H, W), the trajectory at t and at s; t, s: (B,), s < t; y: (B,) the labels
-    the teacher saw. Returns (the mean squared error per element, {"loss", "mse"}: both the same here)."""
-    target = (z_t - z_s) / (t - s)[:, None, None, None]
-    loss = (h(z_t, t, s, y) - target).square().mean()
+    h: (z, t, y, s) -> mean velocity; z_t, z_s: (B, ...), the trajectory at t and at s; t, s: (B,), s < t;
+    y: (B,) the labels the teacher saw. Returns (the mean squared error per element, numbers for the log:
+    it, twice)."""
+    target = (z_t - z_s) / (t - s).reshape(-1, *[1] * (z_t.ndim - 1))
+    loss = (h(z_t, t, y, s) - target).square().mean()
     return loss, {"loss": loss.detach(), "mse": loss.detach()}
 
 
 class TrajectoryPool:
-    """The teacher's trajectories, made in large batches, a quarter of them at a time, each kept for `age` steps.
+    """The teacher's trajectories, made in large batches, a quarter of them at a time, each kept for `age`
+    steps.
 
-    Every `pairs` rows of the batch form a group with `age` trajectories of its own and draw their pairs from these, so that a
-    trajectory serves `pairs` pairs in its life, a batch holds few pairs of any one, and no pair is older than `age` steps. Group and
-    serial number alone decide a trajectory: splitting the batch over processes, or resuming, gives the same ones."""
+    Every `pairs` rows of the batch form a group with `age` trajectories of its own and draw their pairs
+    from these: a trajectory serves `pairs` pairs in its life, a batch holds few pairs of any one, and no
+    pair is older than `age` steps. Group and serial number alone decide a trajectory, so splitting the
+    batch or resuming gives the same."""
 
-    def __init__(self, solve, shape, times, groups, age, seed, num_classes, label_dropout, step, device, batch=64):
-        """solve: (z_1, y) -> list of the points at `times`; groups: of this process, a range; step: to begin with; batch: of `solve`."""
-        self.solve, self.groups, self.age, self.quarter, self.batch = solve, groups, age, age // 4, batch
-        self.seed, self.device = seed, device
-        self.num_classes, self.label_dropout, self.times = num_classes, label_dropout, torch.tensor(times, device=device)
+    def __init__(self, solve, shape, times, groups, pairs, age, seed, num_classes, label_dropout, device,
+                 batch=64):
+        """solve: (z_1, y) -> list of the points at `times`; groups: of this process, a range; batch: of
+        `solve`."""
+        self.solve, self.groups, self.group_rows = solve, groups, pairs
+        self.age, self.quarter = age, age // 4
+        self.seed, self.num_classes, self.label_dropout = seed, num_classes, label_dropout
+        self.device, self.batch, self.newest = device, batch, -1
+        self.times = torch.tensor(times, device=device)
         self.points = torch.empty(len(groups), age, len(times), *shape, device=device)
         self.y = torch.empty(len(groups), age, dtype=torch.long, device=device)
         self.born = torch.zeros(len(groups), age, device=device)
-        self.i, self.j = torch.triu_indices(len(times), len(times), offset=1, device=device)      # t_i > t_j: all pairs
-        for chunk in range(step // self.quarter, step // self.quarter + 4):
-            self.renew(chunk)
+        # All pairs t_i > t_j
+        self.i, self.j = torch.triu_indices(len(times), len(times), offset=1, device=device)
 
     @torch.no_grad()
     def renew(self, chunk):
@@ -82,279 +86,251 @@ class TrajectoryPool:
             self.points[group, slot] = torch.stack(self.solve(z[rows], y[rows]), dim=1)
             self.y[group, slot] = y[rows]
         self.born[:, begin:begin + self.quarter] = max(0, chunk - 3) * self.quarter
+        self.newest = chunk
 
-    def pairs(self, step, rows, group_rows):
-        """Pairs for rows [start, stop) of a step: z_t, z_s, t, s, y, and their age in steps, one of each a row."""
+    def draw(self, step, rows):
+        """Pairs for rows [start, stop) of a step: z_t, z_s, t, y, s, and their age in steps, one of each a
+        row."""
+        now = step // self.quarter
+        for chunk in range(max(now, self.newest + 1), now + 4):
+            self.renew(chunk)
         draws = [[torch.randint(n, (4,), generator=g, device=self.device) for n in (self.age, len(self.i))]
                  for g in generators(self.device, rows, self.seed, "pairs", step)]
         slot, pair = (torch.cat(parts) for parts in zip(*draws, strict=True))
-        group = torch.arange(*rows, device=self.device) // group_rows - self.groups[0]
+        group = torch.arange(*rows, device=self.device) // self.group_rows - self.groups[0]
         i, j = self.i[pair], self.j[pair]
-        return (self.points[group, slot, i], self.points[group, slot, j], self.times[i], self.times[j], self.y[group, slot],
-                step - self.born[group, slot])
+        z_t, z_s = (self.points[group, slot, k] for k in (i, j))
+        return z_t, z_s, self.times[i], self.y[group, slot], self.times[j], step - self.born[group, slot]
 
 
-# ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py: what a stage does that is not its method ========
-FREE = {"steps", "lr", "lr_final", "clip", "precision", "micro_batch", "compile", "checkpoint_activations", "workers", "log_every",
-        "save_every", "keep", "keep_every", "resume"}                             # what --resume may change
+# ======== The same text in train_teacher.py, train_cmt.py and train_meanflow.py ============================
+def rows_of_process(args, rank, world):
+    """This process's rows of the global batch, as (start, stop) of each micro-batch."""
+    share = args.batch_size // world
+    sizes = [n for n in range(4, min(share, 64) + 1, 4) if share % n == 0]
+    micro = args.micro_batch or max(sizes, default=share)
+    if share * world != args.batch_size or not share or micro % 4 or share % micro:
+        raise InputError(f"--batch-size {args.batch_size} over {world} processes in micro-batches of {micro} "
+                         "rows: it must divide evenly, and a micro-batch be a multiple of 4")
+    return [(row, row + micro) for row in range(rank * share, (rank + 1) * share, micro)]
 
 
-class Run:
-    """Processes, device, this process's rows of the global batch; the average, optimizer, states, log and signals of a run."""
-
-    def __init__(self, args):
-        self.args, self.out, self.step, self.seconds, self.signal, self.numbers = args, Path(args.out), 0, 0.0, 0, []
-        self.world, self.rank, self.device = processes(args.precision)
-        if min(args.steps, args.log_every, args.save_every, args.keep) < 1 or (args.time_shift is not None and args.time_shift <= 0):
-            raise InputError("--steps, --log-every, --save-every and --keep must be at least 1, --time-shift above 0")
-        share = args.batch_size // self.world
-        micro = args.micro_batch or max((n for n in range(4, min(share, 64) + 1, 4) if share % n == 0), default=share)
-        if share * self.world != args.batch_size or micro < 4 or micro % 4 or share % micro:
-            raise InputError(f"--batch-size {args.batch_size} over {self.world} processes in micro-batches of {micro} rows: it must "
-                             "divide evenly, and a micro-batch be a multiple of 4")
-        self.rows = [(row, row + micro) for row in range(self.rank * share, (self.rank + 1) * share, micro)]
-        if not args.synthetic and ((self.out / "config.json").exists() or any(self.out.glob("state_*.safetensors"))):
-            before = read_json(self.out / "run.json")["settings"] if (self.out / "run.json").exists() else {}
-            other = [f"{k} {before.get(k)}, now {v}" for k, v in vars(args).items() if k not in FREE and before.get(k) != v]
-            if other or not args.resume:
-                hint = f" (there {'; '.join(other)})" if other else ", or --resume to go on with it"
-                raise InputError(f"{self.out} holds another run: give another --out{hint}")
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        torch.manual_seed(args.seed)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        if not self.signal:
-            self.signal, self.signalled = number, time.monotonic()
-            print("will save and stop after this step (once more, from 3 seconds on: stop at once)", file=sys.stderr, flush=True)
-        elif time.monotonic() > self.signalled + 3:                               # torchrun and a scheduler may both send the first
-            os._exit(128 + number)
-
-    def adopt(self, net, config, stats):
-        """Network to the device, with average and optimizer, at the newest whole state; returns it as the loop should call it."""
-        args, self.net, self.config, self.stats = self.args, net.to(self.device), config, stats
-        net.checkpoint_activations = args.checkpoint_activations
-        self.names, self.weights = zip(*((name, p) for name, p in net.named_parameters() if p.requires_grad), strict=True)
-        self.average = [p.detach().clone() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        states = [] if args.synthetic else sorted(self.out.glob("state_*.safetensors"), reverse=True)
-        for path in states:
-            try:
-                tensors, about = read_tensors(path, self.device)
-            except InputError as error:
-                print(f"{error}; trying the state before it", file=sys.stderr)
-                continue
-            self.step, self.seconds = int(about["step"]), float(about["seconds"])
-            net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net/")})
-            torch._foreach_copy_(self.average, [tensors[f"average/{name}"] for name in self.names])
-            for name, p in zip(self.names, self.weights, strict=True):
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=self.device),
-                                           **{k: tensors[f"{k}/{name}"] for k in ("exp_avg", "exp_avg_sq")}}
-            break
-        else:
-            if states:
-                raise InputError(f"no state in {self.out} is whole: remove the folder and start again")
-        if self.world > 1:
-            steps = torch.tensor([self.step, -self.step])
-            dist.all_reduce(steps, dist.ReduceOp.MAX)
-            if steps[0] != -steps[1]:
-                raise InputError(f"the processes found other states in {self.out}: it must lie on a disk that all nodes share")
-        if self.rank == 0 and not args.synthetic:
-            for path in self.out.glob(".*tmp*"):                                  # of a process that was killed while it wrote
-                path.unlink()
-            write_json(self.out / "run.json", {"settings": vars(args), **provenance()})
-            log = (self.out / "log.jsonl").read_text(errors="replace") if (self.out / "log.jsonl").exists() else ""
-            log = [f"{line}\n" for line, step in re.findall(r'^({"step": (\d+).*})$', log, re.M) if int(step) <= self.step]     # none twice
-            write_atomically(self.out / "log.jsonl", lambda path: path.write_text("".join(log)))
-        self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0 or not sys.stderr.isatty())
-        self.since, self.logged = time.perf_counter(), self.step
-        if args.compile:
-            net.compile(dynamic=False)                                            # teacher and student share code, not batches
-        if self.world == 1:
-            return net
-        parallel = nn.parallel.DistributedDataParallel(net, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                                       gradient_as_bucket_view=True)
-        parallel.broadcast_buffers = False                                        # tables that never change
-        return parallel
-
-    def lr(self):
-        """Constant, then linear to --lr-final at the last step."""
-        args, begin = self.args, self.args.decay_from * self.args.steps
-        part = max(0.0, (self.step - begin) / max(1.0, args.steps - 1 - begin))
-        return args.lr + part * ((args.lr if args.lr_final is None else args.lr_final) - args.lr)
-
-    def end_step(self, losses, grad_norm):
-        """Count the step; log, save and stop when due. Nothing waits for the device except where the log or a state asks.
-
-        losses: for each micro-batch a dict of numbers, tensors on the device."""
-        args, self.step = self.args, self.step + 1
-        self.numbers += [{**numbers, "grad_norm": grad_norm} for numbers in losses]
-        self.bar.update()
-        stop = torch.tensor(self.signal)                                          # read once: a signal may come at any moment
-        if self.world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)                              # all stop at the same step
-        last = self.step == args.steps or stop
-        if last or self.step % args.log_every == 0:
-            self.log()
-        if not args.synthetic and (last or self.step % args.save_every == 0):
-            self.save()
-        if last and self.world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)                              # torchrun ends all when one ends: rank 0 has saved
-        if stop:
-            if self.rank == 0:
-                print(f"stopped after step {self.step}: the same command with --resume goes on", flush=True)
-            sys.exit(128 + int(stop))
-
-    def log(self):
-        """One line of log.jsonl: means since the last one, over all rows; `grad_norm_max` is the largest finite. Non-finite: stop."""
-        table = torch.stack([torch.stack([x.float() for x in numbers.values()]) for numbers in self.numbers])
-        mean = table.mean(0)
-        if self.world > 1:
-            dist.all_reduce(mean)
-            mean /= self.world
-        line = {"step": self.step, **dict(zip(self.numbers[0], mean.tolist(), strict=True)),
-                "grad_norm_max": table[:, -1].nan_to_num(0, 0).max().item()}
-        now = time.perf_counter()
-        rate = self.args.batch_size * (self.step - self.logged) / (now - self.since)
-        self.seconds, self.since, self.logged, self.numbers = self.seconds + now - self.since, now, self.step, []
-        line |= {"lr": self.optimizer.param_groups[0]["lr"], "samples_per_second": rate, "seconds": self.seconds}
-        if self.device.type == "cuda":
-            line["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        if self.rank == 0:
-            text = json.dumps({k: v if k == "step" else float(f"{v:.6g}") if math.isfinite(v) else None for k, v in line.items()})
-            if not self.args.synthetic:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(text + "\n")
-            tqdm.write(text)
-        if not torch.isfinite(mean).all():
-            raise InputError(f"loss or gradient is not finite at step {self.step}; it was not saved. Try a lower --lr or --clip or "
-                             "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
-
-    def save(self):
-        """Rank 0: the state that --resume reads, then the folder to sample from, whose weights are the average."""
-        begin = time.perf_counter()
-        if not torch.stack(torch._foreach_norm([*self.weights, *self.average])).isfinite().all():
-            raise InputError(f"weights are not finite at step {self.step}; not saved: try a lower --lr or --clip, or --precision fp32")
-        if self.rank == 0:
-            state = {f"net/{k}": v for k, v in self.net.state_dict().items()}
-            for name, p, average in zip(self.names, self.weights, self.average, strict=True):
-                state[f"average/{name}"] = average
-                state |= {f"{k}/{name}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-            write_tensors(self.out / f"state_{self.step:08d}.safetensors", state, {"step": str(self.step), "seconds": str(self.seconds)})
-            save_network(self.out, self.net.state_dict() | dict(zip(self.names, self.average, strict=True)), self.config, self.stats)
-            for path in sorted(self.out.glob("state_*.safetensors"))[:-self.args.keep]:
-                if not self.args.keep_every or int(path.stem[6:]) % self.args.keep_every:
-                    path.unlink()
-        self.since += time.perf_counter() - begin                                 # saving is not training time
+def learning_rate(args, step):
+    """Constant, then linear to --lr-final at the last step."""
+    begin = args.decay_from * args.steps
+    part = max(0.0, (step - begin) / max(1.0, args.steps - 1 - begin))
+    final = args.lr if args.lr_final is None else args.lr_final
+    return args.lr + part * (final - args.lr)
 
 
-# ======== end of the shared text ==================================================================================================
+def announce(net, data, device, world, args, step):
+    """Say what this run is."""
+    if is_first():
+        size = sum(p.numel() for p in net.parameters()) / 1e6
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        resumes = f", resumes at step {step:,}" if step else ""
+        say(f"{size:,.1f} M parameters; {data}; {world} x {name}, {args.precision}; "
+            f"{args.steps:,} steps of {args.batch_size:,} rows{resumes}")
+        if step >= args.steps:
+            say(f"{args.out} is at step {step:,} already: nothing to do (--steps goes further)")
+
+
+def log(out, args, step, numbers, lr, clock):
+    """One line of log.jsonl: means since the last one over all micro-batches and processes; `grad_norm_max`
+    is the largest finite one. InputError, before anything is saved, where loss or gradient are not finite.
+
+    numbers: a dict for each micro-batch; a value is a mean, or a pair (sum, count) where rows differ in
+    kind. clock: {"step", "since", "seconds"}: step and time of the last line, and all training time, saving
+    left out."""
+    def pair(x):
+        return (x if x.ndim else torch.stack([x, torch.ones_like(x)])).float()
+
+    table = torch.stack([torch.stack([pair(x) for x in row.values()]) for row in numbers])
+    sums = all_reduce(table.sum(0))
+    means = dict(zip(numbers[0], (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+    now, steps = time.perf_counter(), step - clock["step"]
+    rate = steps / (now - clock["since"])
+    clock.update(step=step, since=now, seconds=clock["seconds"] + now - clock["since"])
+    line = {"step": step, **means, "grad_norm_max": table[:, -1, 0].nan_to_num(0, 0).max().item(), "lr": lr,
+            "samples_per_second": args.batch_size * rate, "seconds": clock["seconds"]}
+    if table.is_cuda:
+        line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if is_first():
+        rounded = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in line.items()}
+        text = json.dumps({**rounded, "step": step})
+        append_line(out and out / "log.jsonl", text)
+        say(f"{text} {timedelta(seconds=round((args.steps - step) / rate))} left")
+    if not math.isfinite(means["loss"] + means["grad_norm"]):
+        raise InputError(
+            f"loss or gradient is not finite at step {step}; it was not saved. Try a lower --lr or --clip or "
+            "--precision fp32, and encode_latents.py --verify; --resume goes back to the last state")
+    numbers.clear()
+
+
+# ======== end of the same text ==============================================================================
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--teacher", default="runs/teacher", help="folder, published .pt or .safetensors file, or Hub path (default %(default)s)")
-    add("--init", help="a student to start from in place of the teacher's weights")
-    add("--stats", help="latent statistics, for a teacher that brings none: a latent_stats.safetensors or a published stat.pt")
-    add("--out", default="runs/cmt", help="folder for the network, states and log (default %(default)s)")
-    add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the network, with --synthetic alone (default %(default)s)")
-    add("--steps", type=int, default=27_000, help="of the optimizer (default %(default)s: MF-RAE)")
-    add("--batch-size", type=int, default=512, help="pairs over all devices (default %(default)s: MF-RAE, 8 trajectories of 64 pairs)")
-    add("--pairs", type=int, default=64, help="pairs drawn from a trajectory in its life (default %(default)s: MF-RAE)")
-    add("--pool-age", type=int, default=64, metavar="STEPS", help="steps that a trajectory is kept, a multiple of 4 (default "
-        "%(default)s; the teacher's batches grow with it, and the pool's memory: age * batch-size / pairs trajectories)")
-    add("--teacher-steps", type=int, default=16, help="steps of the solver (default %(default)s: MF-RAE)")
-    add("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (default %(default)s: MF-RAE)")
-    add("--guidance", type=float, default=1.0, metavar="W", help="a guided teacher, v_weak + W (v - v_weak), v_weak without label or of "
-        "--weak-teacher (default %(default)s: none, MF-RAE)")
-    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times t with guidance "
-        "(default: all)")
-    add("--weak-teacher", help="a weaker teacher for --guidance: autoguidance (default: the teacher without label, CFG)")
-    add("--lr", type=float, default=1e-4, help="learning rate of AdamW, betas (0.9, 0.95), no weight decay (default %(default)s: MF-RAE)")
-    add("--lr-final", type=float, help="learning rate at the last step, reached linearly (default: --lr; MF-RAE)")
-    add("--decay-from", type=float, default=0.0, help="part of the run where the decay begins (default %(default)s)")
-    add("--ema", type=float, default=0.999, help="decay of the weights' average per step (default %(default)s: MF-RAE)")
-    add("--label-dropout", type=float, default=0.1, help="probability of 'no label', for teacher and student alike "
-        "(default %(default)s: MF-RAE)")
-    add("--time-shift", type=float, help="a of the solver's grid t_i = shift(1 - i / N) (default: the teacher's)")
-    add("--micro-batch", type=int, help="rows per device and backward pass; gradients accumulate (default: a device's share "
-        "in equal parts of at most 64, which XL at 256 px needs on a card of 80 GB)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s: paper)")
-    add("--seed", type=int, default=0, help="of everything random (default %(default)s)")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
-        help="bf16: autocast, weights stay float32 (default: bf16 on a GPU, fp32 on a CPU)")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory, one more forward pass")
-    add("--log-every", type=int, default=50, metavar="STEPS", help="steps between lines of log.jsonl (default %(default)s)")
-    add("--save-every", type=int, default=5000, metavar="STEPS", help="steps between states (default %(default)s)")
-    add("--keep", type=int, default=2, help="newest states kept (default %(default)s)")
-    add("--keep-every", type=int, default=0, metavar="STEPS", help="keep the states at multiples of this for good (default: none)")
-    add("--resume", action="store_true", help="go on from the newest whole state in --out, if there is one")
-    add("--synthetic", type=int, nargs="?", const=256, choices=(256, 512), metavar="PX", help="random latents, labels and networks at the "
-        "real shapes for 256 (default) or 512 px: does it fit, how fast is it? Reads and writes no files")
-    return parser.parse_args(argv)
+    parser = ArgumentParser(__doc__.split("\n\n")[0])
+    groups = add_run_flags(parser)
+
+    add = groups["data"].add_argument
+    add("--teacher", default="runs/teacher", help="folder, published .pt or .safetensors file, or Hub path")
+    add("--init", help="a student to start from, in place of the teacher's weights")
+    add("--stats", metavar="FILE",
+        help="latent statistics, for a teacher that brings none: a latent_stats.safetensors or a published "
+             "stat.pt")
+    add("--out", default="runs/cmt", help="folder for the network, states and log")
+
+    add = groups["method"].add_argument
+    add("--teacher-steps", type=whole(), default=16, help="steps of the solver (MF-RAE)")
+    add("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (MF-RAE)")
+    add("--pairs", type=whole(4), default=64,
+        help="pairs drawn from a trajectory in its life, a multiple of 4 (MF-RAE)")
+    add("--pool-age", type=whole(4), default=64, metavar="STEPS",
+        help="steps that a trajectory is kept, a multiple of 4; the teacher's batches grow with it, and the "
+             "pool's memory: age * batch-size / pairs trajectories")
+    add("--label-dropout", type=fraction, default=0.1,
+        help="probability of 'no label', for teacher and student alike (MF-RAE)")
+    add("--time-shift", type=positive,
+        help="a of the solver's grid t_i = shift(1 - i / N) (default: the teacher's)")
+    add("--guidance", type=not_negative, default=1.0, metavar="W",
+        help="a guided teacher, v_weak + W (v - v_weak), v_weak without label or of --weak-teacher (MF-RAE: "
+             "none)")
+    add("--guidance-interval", type=fraction, nargs=2, metavar=("LOW", "HIGH"),
+        help="times t with guidance (default: all)")
+    add("--weak-teacher",
+        help="a weaker teacher for --guidance: autoguidance (default: the teacher without label)")
+    add("--preset", choices=DIT_PRESETS, help="size of the networks of --synthetic (default: DiTDH-XL)")
+
+    add = groups["optimization"].add_argument
+    add("--steps", type=whole(), default=27_000, help="of the optimizer (MF-RAE)")
+    add("--batch-size", type=whole(4), default=512,
+        help="pairs over all devices (MF-RAE: 8 trajectories of 64 pairs)")
+    add("--lr", type=not_negative, default=1e-4, help="of AdamW, betas (0.9, 0.95), no weight decay (MF-RAE)")
+    add("--lr-final", type=not_negative, help="at the last step, reached linearly (default: --lr; MF-RAE)")
+    add("--decay-from", type=fraction, help="part of the run where the decay begins (default: 0)")
+    add("--ema", type=fraction, default=0.999, help="decay of the weights' average per step (MF-RAE)")
+
+    args = parser.parse_args(argv)
+    if args.pairs % 4 or args.pool_age % 4:
+        parser.error("--pairs and --pool-age must be multiples of 4")
+    guides = args.guidance != 1
+    parser.settle(
+        args,
+        ("--guidance-interval", guides, [0.0, 1.0], "without --guidance W, W other than 1"),
+        ("--weak-teacher", guides, None, "without --guidance W, W other than 1"),
+        ("--decay-from", args.lr_final is not None, 0.0, "without --lr-final"),
+        ("--preset", args.synthetic, "DiTDH-XL", "without --synthetic: the files give the sizes"))
+    return args
+
+
+def load_inputs(args):
+    """-> student, its config, statistics, teacher, weak teacher (or None). InputError where they do not
+    fit."""
+    if args.synthetic:
+        grid, preset = args.synthetic // 16, DIT_PRESETS[args.preset]
+        sizes = dict(input_size=grid, in_channels=768, num_classes=1000, **preset)
+        teacher, student = DiTDH(**sizes), DiTDH(**sizes, time_difference=True)
+        zeros = torch.zeros(teacher.shape)
+        return student, {"time_shift": default_time_shift(teacher.shape)}, (zeros, zeros + 1), teacher, None
+    teacher, config, stats = load_network(args.teacher, "teacher")
+    if args.resume and Path(args.out, "config.json").exists():
+        # Its weights come with the state: --init is not needed any more.
+        student, student_config, _ = load_network(args.out, "student", weights=False)
+    else:
+        student, student_config, _ = load_network(args.init or args.teacher, "student", new="r_embedder.")
+    weak = load_network(args.weak_teacher, "teacher")[0] if args.weak_teacher else None
+    if student.shape != teacher.shape or student.num_classes != teacher.num_classes:
+        raise InputError(f"--init {args.init} has latents {student.shape} and {student.num_classes} classes, "
+                         f"the teacher {teacher.shape} and {teacher.num_classes}")
+    stats = load_stats(args.stats, teacher.shape) if args.stats else stats
+    if stats is None:
+        raise InputError(f"{args.teacher} brings no latent statistics: give them with --stats")
+    return student, {**config, "kind": "student", "network": student_config["network"]}, stats, teacher, weak
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run = Run(args)
-    if min(args.pairs, args.pool_age) < 4 or args.pairs % 4 or args.pool_age % 4 or args.teacher_steps < 1 or \
-            args.batch_size % (args.pairs * run.world):
-        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times {run.world} processes, "
-                         "--pairs and --pool-age multiples of 4, and --teacher-steps at least 1")
-    if args.synthetic:
-        grid = args.synthetic // 16
-        teacher = DiTDH(grid, 768, num_classes=1000, **DIT_PRESETS[args.preset])
-        student = DiTDH(grid, 768, num_classes=1000, time_difference=True, **DIT_PRESETS[args.preset])
-        config, stats = {"time_shift": default_time_shift(teacher.shape)}, None
-    else:
-        teacher, config, stats = load_network(args.teacher, "teacher")
-        student, student_config, _ = load_network(args.init or args.teacher, "student", new="r_embedder.")
-        if student.shape != teacher.shape or student.num_classes != teacher.num_classes:
-            raise InputError(f"--init {args.init} has latents {student.shape} and {student.num_classes} classes, the teacher "
-                             f"{teacher.shape} and {teacher.num_classes}")
-        stats = load_stats(args.stats, teacher.shape) if args.stats else stats
-        if stats is None:
-            raise InputError(f"{args.teacher} brings no latent statistics: give them with --stats")
-        config = {**config, "kind": "student", "network": student_config["network"]}
+    device, rank, world = launch(args.precision)
+    micro_batches = rows_of_process(args, rank, world)
+    if args.batch_size % (args.pairs * world):
+        raise InputError(f"--batch-size {args.batch_size} must be a multiple of --pairs {args.pairs} times "
+                         f"{world} processes")
+    out = None if args.synthetic else Path(args.out)
+    stopped = stop_signal()
+    torch.manual_seed(args.seed)
+
+    # The teacher, whose trajectories are the data, and the student
+    student, config, stats, teacher, weak = load_inputs(args)
     config["time_shift"] = args.time_shift or config["time_shift"]
-    teacher.to(run.device).requires_grad_(False)
-    weak = load_network(args.weak_teacher, "teacher")[0].to(run.device).requires_grad_(False) if args.weak_teacher else None
+    run = begin_run(out, args, parse_args([]), stats, teacher=teacher, weak_teacher=weak)
+    teacher.to(device).requires_grad_(False)
+    weak = weak and weak.to(device).requires_grad_(False)
     v = guided(teacher, args.guidance, args.guidance_interval, weak)
+
+    # The student, the average of its weights, which is what is saved to sample from, and the optimizer
+    student.to(device).checkpoint_activations = args.checkpoint_activations
+    average = copy.deepcopy(student).requires_grad_(False)
+    pairs = zip(student.parameters(), average.parameters(), strict=True)
+    weights, averages = zip(*((p, mean) for p, mean in pairs if p.requires_grad), strict=True)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    whole_run = (student, average, optimizer, config, stats)
+    first_step, seconds = load_newest_state(out, run, *whole_run)
+    announce(student, f"trajectories of {args.teacher}", device, world, args, first_step)
+
+    # Compiled, and over all processes
     if args.compile:
+        student.compile(dynamic=False)            # teacher and student share code, not batches
         teacher.compile(dynamic=False)
-    h = run.adopt(student, config, stats)
+    h = distribute(student, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     times = ode_times(args.teacher_steps, config["time_shift"])
 
     def solve(z_1, y):
-        with run.autocast:
-            return solve_ode(lambda z, t: v(z, t, y).float(), z_1, times, args.solver)
+        with autocast:
+            return solve_ode(v, z_1, y, times, args.solver)
 
-    groups = range(run.rows[0][0] // args.pairs, run.rows[-1][1] // args.pairs)
-    pool = TrajectoryPool(solve, teacher.shape, times, groups, args.pool_age, args.seed, teacher.num_classes, args.label_dropout,
-                          run.step, run.device, run.rows[0][1] - run.rows[0][0])
-    while run.step < args.steps:
-        if run.step % pool.quarter == 0 and run.step > 0:
-            pool.renew(run.step // pool.quarter + 3)
-        losses = []
-        for rows in run.rows:
-            z_t, z_s, t, s, y, age = pool.pairs(run.step, rows, args.pairs)
-            h.require_backward_grad_sync = rows == run.rows[-1]                   # DDP: all-reduced with the last alone
-            with run.autocast:
-                loss, numbers = consistency_loss(lambda z, t, s, y: h(z, t, y, s), z_t, z_s, t, s, y)
-            (loss / len(run.rows)).backward()
-            losses.append({**numbers, "pair_age": age.mean()})
-        grad_norm = nn.utils.clip_grad_norm_(run.weights, args.clip)
-        run.optimizer.param_groups[0]["lr"] = run.lr()
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=run.world == 1)                       # DDP's gradients are views of its buckets: kept
+    groups = range(micro_batches[0][0] // args.pairs, micro_batches[-1][1] // args.pairs)
+    pool = TrajectoryPool(
+        solve, teacher.shape, times, groups, args.pairs, args.pool_age, args.seed, teacher.num_classes,
+        args.label_dropout, device, batch=micro_batches[0][1] - micro_batches[0][0])
+
+    numbers, clock = [], {"step": first_step, "since": time.perf_counter(), "seconds": seconds}
+    for step in range(first_step, args.steps):
+        for rows in micro_batches:
+            # Draw
+            z_t, z_s, t, y, s, age = pool.draw(step, rows)
+
+            # Loss and gradient, which DDP reduces over the processes with the last micro-batch alone
+            h.require_backward_grad_sync = rows == micro_batches[-1]
+            with autocast:
+                loss, of_loss = consistency_loss(h, z_t, z_s, t, y, s)
+            (loss / len(micro_batches)).backward()
+            numbers.append({**of_loss, "pair_age": age.mean()})
+
+        # Clip, step, average
+        grad_norm = nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
+        for of_loss in numbers[-len(micro_batches):]:
+            of_loss["grad_norm"] = grad_norm
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(args, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=world == 1)           # DDP's gradients are views of its buckets
         with torch.no_grad():
-            torch._foreach_lerp_(run.average, run.weights, 1 - args.ema)
-        run.end_step(losses, grad_norm)
+            torch._foreach_lerp_(averages, weights, 1 - args.ema)
+
+        # End of the step: log, save, stop
+        done, stop = step + 1, stopped()
+        saves = done == args.steps or stop or done % args.save_every == 0
+        if saves or done % args.log_every == 0:
+            log(out, args, done, numbers, lr, clock)
+        if saves and out:
+            begin = time.perf_counter()
+            save_state(out, run, done, clock["seconds"], *whole_run, args.keep, args.keep_every)
+            clock["since"] += time.perf_counter() - begin     # saving is not training time
+        if stop:
+            say(f"stopped after step {done}: the same command with --resume goes on")
+            sys.exit(128 + stop)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def fill(net, prefix):
 @pytest.fixture(autouse=True)
 def signals():
     """A stage that ran in a test must not go on catching what is meant to end the tests."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
     yield
     for number, handler in before:
         signal.signal(number, handler)
