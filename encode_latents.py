@@ -1,58 +1,114 @@
 """Images -> frozen DINOv2 with registers -> latents on disk, with their statistics; and the readers of both.
 
-An image is prepared as ADM does (box halvings, bicubic, centre crop), resized to the encoder's size, and becomes the
-encoder's last hidden state: patch tokens alone, final LayerNorm without its affine part (RAE, arXiv 2510.11690).
-Latents are stored raw, as float16, in shards; mean and variance (C, H, W) lie beside them, to be applied in training.
+An image is prepared as ADM does (box halvings, bicubic, centre crop), resized to the encoder's size, and
+becomes the encoder's last hidden state: patch tokens alone, final LayerNorm without its affine part (RAE,
+arXiv 2510.11690). Latents are stored raw, as float16, in shards; mean and variance (C, H, W) lie beside them.
 
-    python encode_latents.py --data-path imagenet/train                       # one GPU (or CPU): writes data/latents
-    torchrun --nproc_per_node=8 encode_latents.py --data-path imagenet/train  # eight GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 encode_latents.py \\
-        --data-path imagenet/train                              # on each of four nodes; --out on a disk they share
-    python encode_latents.py --verify                                         # read everything back
+    python encode_latents.py --data-path imagenet/train               # one GPU (or CPU): writes data/latents
+    torchrun --nproc_per_node=8 encode_latents.py --data-path imagenet/train                    # eight GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        encode_latents.py --data-path imagenet/train      # on each of four nodes; --out on a disk they share
+    python encode_latents.py --verify                                 # read everything back, and prove it
 
-A shard covers fixed images, so the files are the same whatever the number of processes, and the same command goes on
-where it was stopped. Folder: encoding.json (what is encoded, by what), shard_*.safetensors, latent_stats.safetensors,
-skipped.txt if any were, latents.json (written last).
+A shard covers fixed images, so the files are the same whatever the number of processes, and the same command
+goes on where it was stopped. Folder: encoding.json (what is encoded, by what), shard_*.safetensors,
+latent_stats.safetensors, skipped.txt if any were, latents.json (written last).
 """
-import argparse
 import atexit
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
 import time
 import zipfile
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import (IMAGE_MEAN, IMAGE_STD, InputError, command, digest_of, generator, load_stats, processes, read_json, read_tensors,
-                   write_atomically, write_json, write_tensors)
+from model import (
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, digest_of_text, find,
+    generator, hold, is_first, launch, load_stats, number, read_json, read_tensors, refuse_other, say, whole,
+    write_atomically, write_json, write_tensors)
 
-IMAGE_FILES = {f".{suffix}" for suffix in "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()}
-DINOV2, RANDOM = "facebook/dinov2-with-registers-base", "random:width=64,depth=2,heads=4,patch=8,seed=0"
+DINOV2 = "facebook/dinov2-with-registers-base"
+SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
+# 16,384 x 16,384, for which a process takes 3 GB; the environment variable MFRAE_MAX_PIXELS is another limit.
+MAX_PIXELS = int(os.environ.get("MFRAE_MAX_PIXELS", 2 ** 28))
+Image.MAX_IMAGE_PIXELS = None
 
 
-# ---- Images ----------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------------------
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}         # what an EXIF orientation asks for
+
+
+@functools.cache
+def formats():
+    """Pillow's formats of SUFFIXES; others may do more than show an image (EPS starts Ghostscript)."""
+    Image.init()
+    return [name for name in {Image.EXTENSION.get(f".{suffix}") for suffix in SUFFIXES} if name in Image.OPEN]
+
+
+def open_image(file):
+    """An image whose pixels are not read yet. ValueError: more than MAX_PIXELS."""
+    image = Image.open(file, formats=formats())
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, MFRAE_MAX_PIXELS is {MAX_PIXELS}")
+    return image
+
+
+def read_upright(file):
+    image = open_image(file)
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:                             # broken EXIF turns nothing; it raises some ten kinds
+        turn = None
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def bare_png(data):
+    """A PNG's bytes without texts, colour profile and the like, which Pillow may refuse."""
+    parts, place = [data[:8]], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place:place + 4], "big")
+        name = data[place + 4:place + 8]
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):
+            parts.append(data[place:end])
+        place = end
+    return b"".join(parts)
+
+
 def open_rgb(file):
     """An image as a viewer shows it, in RGB: upright, first frame, 16 bits scaled to 8, transparency on white."""
-    image = ImageOps.exif_transpose(Image.open(file))
+    try:
+        image = read_upright(file)
+    except Exception:
+        file.seek(0)
+        data = file.read()
+        if not data.startswith(b"\x89PNG"):
+            raise
+        image = read_upright(io.BytesIO(bare_png(data)))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):                            # convert() would clip 16 bits to 255
+    if image.mode.startswith("I"):                # convert() would clip 16 bits to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -61,59 +117,180 @@ def open_rgb(file):
 
 
 def adm_crop(image, size):
-    """ADM's preparation (arXiv 2105.05233): halve with a box filter while the short side is >= 2 * size, bicubic to
-    short side = size, centre crop. PIL image -> uint8 array (size, size, 3)."""
+    """ADM's preparation (arXiv 2105.05233): halve with a box filter while the short side is >= 2 * size,
+    bicubic to short side = size, centre crop. PIL image -> uint8 array (size, size, 3)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height > 2 ** 26:
+        # A strip, which would take gigabytes: only its middle is enlarged, equal but for the last rounding.
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)[top:top + size, left:left + size]
+
+
+# ---- Folders and archives: one walk for all ------------------------------------------------------------------
+SYSTEM_FOLDERS = ("@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information",
+                  "__macosx")
+SPLITS = ("train", "val", "valid", "validation", "test", "held-out")
+
+
+def printable(name):
+    """A name with what a terminal would obey, or cannot show, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def is_hidden(name):
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def is_image(name):
+    return os.path.splitext(name)[1].lower()[1:] in SUFFIXES
+
+
+def list_folder(path, left_out):
+    """Names of the regular files under a folder, and of its folders, which end in "/". Others are counted in
+    `left_out`. A link is followed where it leads out of the folder. InputError: a folder that cannot be read,
+    or that is in two classes."""
+    def within(a, b):
+        return f"{a}/".startswith(f"{b}/".replace("//", "/"))
+
+    root = os.path.realpath(path)
+    found, known, waiting = [], {}, [""]
+    while waiting:
+        inside = waiting.pop()
+        try:
+            entries = sorted(os.scandir(Path(path, inside)), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"cannot read the folder {printable(Path(path, inside))} ({error.strerror}): let "
+                             "this user read it, or move it away") from error
+        for entry in entries:
+            name, target = inside + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else None
+            if is_hidden(entry.name):
+                left_out["hidden or of the system"] += 1
+            elif target and not os.path.exists(target):
+                left_out["links to nothing"] += 1
+            elif target and (within(target, root) or within(root, target)):
+                left_out["links to what is here anyway"] += 1
+            elif entry.is_file():
+                found.append(name)
+            elif not entry.is_dir():
+                left_out["pipes, sockets or devices"] += 1
+            else:
+                status = entry.stat()
+                first = known.setdefault((status.st_dev, status.st_ino), name)
+                if first == name:
+                    found.append(f"{name}/")
+                    waiting.append(f"{name}/")
+                elif first.split("/")[0] == name.split("/")[0]:
+                    left_out["links to what is here anyway"] += 1
+                else:
+                    raise InputError(f"{printable(path)}: {printable(first)} and {printable(name)} are one folder, "
+                                     "which cannot be in two classes: remove one of the links")
+    return found
+
+
+def list_archive(path, archive, left_out):
+    """The same of a .zip: {name: the entry's own}. InputError: names that lead out of it, or are of two kinds."""
+    found, entries = {}, archive.infolist()
+    slashes = any("/" in entry.filename for entry in entries)
+    for entry in entries:
+        # Windows' tools may write backslashes.
+        name = entry.filename if slashes else entry.filename.replace("\\", "/")
+        parts = name.removeprefix("./").split("/")
+        name, wrong = "/".join(parts), None
+        if "\\" in name:
+            wrong = "has a backslash, and others have slashes"
+        elif parts[0] == "" or parts[0].endswith(":") or ".." in parts:
+            wrong = "leads out of the archive"
+        if wrong:
+            raise InputError(f"{printable(path)}: the entry {printable(name)} {wrong}: pack it again")
+        if any(map(is_hidden, filter(None, parts))):
+            left_out["hidden or of the system"] += 1
+        elif stat.S_ISLNK(entry.external_attr >> 16):
+            left_out["links"] += 1
+        elif name in found:
+            left_out["entries that stand twice"] += 1
+        else:
+            found[name] = entry.filename
+    return found
+
+
+def check_layout(path, found, images):
+    """The names of the class folders, none where all images lie side by side; InputError for anything else."""
+    where, folders = printable(path), sorted({name.split("/")[0] for name in found if "/" in name})
+    if folders and all(name.lower() in SPLITS for name in folders):
+        meant = {name.split("/")[0].lower(): name.split("/")[0] for name in found if name.count("/") > 1}
+        if meant:
+            meant = next(meant[name] for name in SPLITS if name in meant)
+            raise InputError(f"{where} holds {' and '.join(folders)}, which are no classes: give {where}/{meant} "
+                             "(of a .zip: one of that folder alone)")
+    if not images:
+        raise InputError(f"{where} holds no images ({' '.join(SUFFIXES)})")
+    empty = sorted(set(folders) - {name.split("/")[0] for name in images})
+    if empty:
+        raise InputError(f"{where}: class folder {printable(empty[0])} holds no images: fill or remove it "
+                         f"({len(empty)} such)")
+    beside = [name for name in images if "/" not in name]
+    if beside and folders:
+        raise InputError(f"{where}: {printable(beside[0])} lies beside the class folders: move it into one, or "
+                         f"away ({len(beside)} such)")
+    return folders
+
+
+def label(images, folders):
+    """-> names sorted by class, then name; labels (N,). Ids follow the folders' names as text."""
+    ids = {name: i for i, name in enumerate(folders)}
+    pairs = sorted((ids.get(name.split("/")[0], 0), name) for name in images)
+    return [name for _, name in pairs], torch.tensor([i for i, _ in pairs])
 
 
 class Images:
     """The images of a folder of class folders (nested at will), or of a .zip of one, which is read in place.
 
-    Class ids follow the sorted folder names (for ImageNet's wnids: the published ids); a folder without class folders
-    is one class. Attributes: `classes` (names), `paths` (relative, sorted by class, then name), `labels` (N,) int64. An
-    index >= N is the horizontally flipped copy of index - N. InputError: no images, a class without any, unreadable."""
+    Class ids follow the sorted folder names (for ImageNet's wnids: the published ids); a folder without class
+    folders is one class. Attributes: `classes` (names), `paths` (relative, sorted by class, then name), `labels`
+    (N,) int64, `digest` (of classes and paths). An index >= N is the horizontally flipped copy of index - N. What
+    is left out is counted and said. InputError: no images, a class without any, unreadable."""
 
     def __init__(self, path, image_size):
-        self.path, self.image_size, self.zip = Path(path), image_size, None
+        self.path, self.image_size, self.zip, self.pid = Path(path), image_size, None, None
+        where, left_out, alone = printable(path), Counter(), self.path.resolve().name
         if not self.path.exists():
-            raise InputError(f"{path} does not exist: --data-path takes a folder of class folders of images, or a .zip")
+            raise InputError(f"{where} does not exist: --data-path takes a folder of class folders of images, or "
+                             "a .zip of one")
         if self.path.is_dir():
-            found = []
-            for top, folders, files in os.walk(self.path, followlinks=True):
-                top = f"{Path(top).relative_to(self.path).as_posix()}/".removeprefix("./")
-                found += [f"{top}{name}/" for name in folders] + [f"{top}{name}" for name in files]
+            found = {name: name for name in list_folder(self.path, left_out)}
         else:
             try:
                 self.zip, self.pid = zipfile.ZipFile(self.path), os.getpid()
-            except (OSError, zipfile.BadZipFile) as error:
-                raise InputError(f"{path} is no whole .zip ({error}): give a folder of class folders, or a .zip of "
-                                 "one") from error
-            found = self.zip.namelist()
-        found = [name for name in found if not name.startswith((".", "__MACOSX")) and "/." not in name]
-        tops = {name.split("/")[0] for name in found}
-        one_top = self.zip and len(tops) == 1 and all("/" in name for name in found)
-        self.top = f"{tops.pop()}/" if one_top else ""
-        found = [name.removeprefix(self.top) for name in found]
-        files = [name for name in found if Path(name).suffix.lower() in IMAGE_FILES]
-        folders = {name.split("/")[0] for name in found if "/" in name}
-        empty = sorted(folders - {name.split("/")[0] for name in files})
-        beside = [name for name in files if "/" not in name]
-        if not files:
-            raise InputError(f"{path} holds no images ({' '.join(sorted(IMAGE_FILES))})")
-        if empty:
-            raise InputError(f"{path}: class folder {empty[0]} holds no images: fill or remove it ({len(empty)} such)")
-        if beside and folders:
-            raise InputError(f"{path}: {beside[0]} lies beside the class folders: move it into one, or away "
-                             f"({len(beside)} such)")
-        self.classes = sorted(folders) or [self.path.stem]
-        ids = {name: i for i, name in enumerate(self.classes)} if folders else {}
-        self.paths = sorted(files, key=lambda name: (ids.get(name.split("/")[0], 0), name))
-        self.labels = torch.tensor([ids.get(name.split("/")[0], 0) for name in self.paths])
+            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+                raise InputError(f"{where} is no whole .zip ({error}): give a folder of class folders, or a .zip "
+                                 "of one") from error
+            found, alone = list_archive(self.path, self.zip, left_out), self.path.stem
+            tops = {name.split("/")[0] for name in found}
+            if len(tops) == 1 and all("/" in name for name in found):
+                alone = tops.pop()
+                found = {name.removeprefix(f"{alone}/"): entry for name, entry in found.items()}
+        images = [name for name in found if is_image(name)]
+        for name in found:
+            if name and not name.endswith("/") and not is_image(name):
+                left_out[printable(os.path.splitext(name)[1].lower() or "without a suffix")] += 1
+        folders = check_layout(self.path, found, images)
+        self.classes = folders or [alone]
+        self.paths, self.labels = label(images, folders)
+        # What an image is called where it lies, if otherwise than here.
+        self.entries = {name: found[name] for name in images if found[name] != name}
+        self.digest = hashlib.sha256(json.dumps([self.classes, self.paths]).encode()).hexdigest()
+        if left_out and is_first():
+            kinds = ", ".join(f"{n:,} {what}" for what, n in left_out.most_common())
+            say(f"{where}: left out: {kinds}", sys.stderr)
+        if not folders and is_first():
+            say(f"{where} has no class folders: all is one class, {printable(alone)}", sys.stderr)
 
     def __len__(self):
         return len(self.paths)
@@ -122,31 +299,33 @@ class Images:
         return {**self.__dict__, "zip": None, "pid": None}
 
     def open(self, name):
+        name = self.entries.get(name, name)
         if self.path.is_dir():
             return open(self.path / name, "rb")
         if self.zip is None:
             self.zip = zipfile.ZipFile(self.path)
-        elif self.pid != os.getpid():       # a forked worker may share our million names, not our position in the file
+        elif self.pid != os.getpid():
+            # A forked worker may share our million names, not our position in the file.
             self.zip.fp = open(self.path, "rb")
         self.pid = os.getpid()
-        return self.zip.open(self.top + name)
+        return self.zip.open(name)
 
     def read(self, index):
-        """-> (uint8 array (3, S, S), whether the image had to be enlarged). InputError names an unreadable file."""
+        """-> (uint8 array (3, S, S), whether the image had to be enlarged). InputError: an unreadable file."""
         name = self.paths[index % len(self)]
         try:
             with self.open(name) as file:
                 image = open_rgb(file)
                 pixels = adm_crop(image, self.image_size)
-        except Exception as error:          # decoders of damaged files raise some twenty kinds
-            reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-            raise InputError(f"{self.path / name} is not a readable image ({reason}): replace or remove it "
-                             "(encode_latents.py --skip-bad leaves it out)") from error
+        except Exception as error:                # decoders of damaged files raise some twenty kinds
+            reason = printable(f"{type(error).__name__}: {error}".replace("\n", " "))
+            raise InputError(f"{printable(self.path / name)} is not a readable image ({reason}): replace or "
+                             "remove it (encode_latents.py --skip-bad leaves it out)") from error
         pixels = pixels[:, ::-1] if index >= len(self) else pixels
         return pixels.transpose(2, 0, 1), min(image.size) < self.image_size
 
     def fetch(self, indices):
-        """-> uint8 (B, 3, S, S), labels (B,) int64, how many were enlarged, {position in the batch: InputError}."""
+        """-> uint8 (B, 3, S, S), labels (B,) int64, how many were enlarged, {position in the batch: InputError}"""
         batch = np.zeros((len(indices), 3, self.image_size, self.image_size), np.uint8)
         enlarged, bad = 0, {}
         for i, index in enumerate(indices):
@@ -158,7 +337,7 @@ class Images:
         return torch.from_numpy(batch), self.labels[[i % len(self) for i in indices]], enlarged, bad
 
     def __getitems__(self, indices):
-        """-> (uint8 (B, 3, S, S), labels (B,) int64): what a DataLoader asks a data set for."""
+        """-> (uint8 (B, 3, S, S), labels (B,) int64), a batch. InputError: the first unreadable file."""
         images, labels, _, bad = self.fetch(indices)
         for error in bad.values():
             raise error
@@ -169,27 +348,27 @@ class ImagesWithNotes(Images):
     __getitems__ = Images.fetch
 
 
-# ---- The encoder -----------------------------------------------------------------------------------------------------
+# ---- The encoder ---------------------------------------------------------------------------------------------
 class Encoder(nn.Module):
-    """A frozen Dinov2WithRegistersModel as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or float in
-    [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch. Gradients reach the images.
+    """A frozen Dinov2WithRegistersModel as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or float
+    in [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch. Gradients reach the images.
 
-    source: a Hub id, a local folder, or "random:width=64,depth=2,heads=4,patch=8,seed=0", made here and now.
-    encoder_size: pixels, default image_size * patch / 16 (G = image_size / 16). precision: "fp32" or "bf16" (autocast).
-    InputError: no such encoder, or sizes that do not fit its patches."""
+    source: a folder or Hub id. encoder_size: pixels, default image_size * patch / 16 (G = image_size / 16).
+    precision: "fp32" or "bf16" (autocast). InputError: no such encoder, or sizes that do not fit its patches."""
 
     def __init__(self, source=DINOV2, image_size=256, encoder_size=None, precision="fp32"):
         super().__init__()
-        source = str(source)
-        self.net, self.source = random_dinov2(source) if source.startswith("random:") else (load_dinov2(source), source)
+        self.net, self.source = load_dinov2(str(source)), str(source)
         config = self.net.config
+        self.untrained = getattr(config, "untrained", None) is True
         self.patch, self.precision, self.skip = config.patch_size, precision, 1 + config.num_register_tokens
         self.image_size, self.encoder_size = image_size, encoder_size or image_size * self.patch // 16
         if self.encoder_size % self.patch or not encoder_size and image_size % 16:
-            raise InputError(f"images of {image_size} px at encoder size {self.encoder_size} do not fit patches of "
-                             f"{self.patch} px: give an --encoder-size that is a multiple of {self.patch}")
+            raise InputError(f"images of {image_size} px at encoder size {self.encoder_size} do not fit patches "
+                             f"of {self.patch} px: give an --encoder-size that is a multiple of {self.patch}")
         self.shape = (config.hidden_size, *[self.encoder_size // self.patch] * 2)
-        self.net.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.net.layernorm = nn.LayerNorm(width, eps, elementwise_affine=False)
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
@@ -197,8 +376,8 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         x = images.float() / 255 if images.dtype == torch.uint8 else images
-        x = F.interpolate(x, size=(self.encoder_size, self.encoder_size), mode="bicubic", align_corners=False)
-        # cuDNN would run the patch embedding of fp32 in TF32
+        x = F.interpolate(x, size=(self.encoder_size,) * 2, mode="bicubic", align_corners=False)
+        # cuDNN would run the patch embedding of fp32 in TF32.
         with (torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
               torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
             tokens = self.net(pixel_values=(x - self.mean) / self.std).last_hidden_state[:, self.skip:]
@@ -207,125 +386,149 @@ class Encoder(nn.Module):
     def describe(self):
         """What made the latents, for their description; `sha256` is of the weights."""
         return {"id": self.source, "image_size": self.image_size, "encoder_size": self.encoder_size,
-                "patch": self.patch, "width": self.shape[0], "sha256": self.digest}
+                "patch": self.patch, "width": self.shape[0], "untrained": self.untrained, "sha256": self.digest}
 
 
 def load_dinov2(source):
+    if source.startswith("random:"):              # older versions made it on the spot
+        flags = source.removeprefix("random:").replace("=", " ").replace(",", " --")
+        raise InputError(f"no encoder {source}: python sanity/random_encoder.py --out FOLDER --{flags} makes it; "
+                         "then repeat encode_latents.py with --encoder FOLDER, which keeps the shards")
     from transformers import AutoConfig, Dinov2WithRegistersModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
-        net, notes = Dinov2WithRegistersModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:              # the Hub's client has a dozen kinds: offline, absent, forbidden, ...
-        raise InputError(f"no encoder {source} ({str(error).strip().splitlines()[0]}): give --encoder a folder or Hub "
-                         f"id of a Dinov2WithRegistersModel, or {RANDOM}") from error
+        path, ours = find(source), dict(trust_remote_code=False)
+        kind = AutoConfig.from_pretrained(path, **ours).model_type
+        net, notes = Dinov2WithRegistersModel.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **ours)
+    except Exception as error:                    # transformers raises a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"no encoder {source} ({reason}): give --encoder a folder or Hub id of a "
+                         "Dinov2WithRegistersModel; sanity/random_encoder.py makes an untrained one") from error
     if kind != "dinov2_with_registers" or notes["missing_keys"]:
         raise InputError(f"{source} is a {kind} model, a dinov2_with_registers one is needed as --encoder")
     return net
 
 
-def random_dinov2(source):
-    """A DINOv2 with seeded random weights, for runs without downloads, made so that a token keeps what its patch shows.
+# ---- The format's readers ------------------------------------------------------------------------------------
+def identity(about):
+    """What the contents of latents follow from: no paths, no names of folders."""
+    return {"data": about["data"]["sha256_of_names"], "encoder": about["encoder"]["sha256"],
+            "encoder_size": about["encoder"]["encoder_size"],
+            **{k: about[k] for k in ("format", "image_size", "precision", "flips", "shard_size")}}
 
-    The patch projection turns the patch's lowest frequencies (a DCT; luminance finer than colour) by a random rotation.
-    The final LayerNorm removes a token's mean and length, so these are made to hold little: the rotation leaves out the
-    direction (1, ..., 1) and that of a bias longer than the signal. Blocks add random features, scaled by 0.2."""
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-    sizes = dict(width=64, depth=2, heads=4, patch=8, seed=0)
+
+def origin(about, k):
+    """What the header of shard k says about it."""
+    return digest_of_text(identity(about), k)
+
+
+def read_about(path):
+    """encoding.json or latents.json: what is encoded, by what."""
+    about = read_json(path)
     try:
-        given = dict(pair.split("=") for pair in source.removeprefix("random:").split(",") if pair)
-        sizes |= {name: int(value) for name, value in given.items()}
-        width, depth, heads, patch, seed = sizes.values()
-        if width < 3 or width % heads or min(depth, patch) < 1:
-            raise ValueError
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(f"no encoder {source}: it must be like {RANDOM}, width a multiple of heads") from error
-    config = Dinov2WithRegistersConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-                                       patch_size=patch, image_size=8 * patch, layerscale_value=0.2)
-    with torch.random.fork_rng(devices=[]):                   # its own initialization, all of it replaced here
-        net = Dinov2WithRegistersModel(config)
-    g = generator("cpu", seed, "random encoder")
-
-    def normal(*shape):
-        return torch.randn(shape, generator=g, dtype=torch.float64)
-
-    for name, parameter in net.named_parameters():
-        if name.startswith("embeddings."):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() == 2:
-            parameter.data = (normal(*parameter.shape) / parameter.shape[1] ** 0.5).float()
-
-    k = torch.arange(patch, dtype=torch.float64)
-    line = torch.cos(math.pi / patch * k[:, None] * (k + 0.5))
-    colour = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
-    waves = torch.einsum("ac,iy,jx->aijcyx", colour, line, line).flatten(0, 2).flatten(1)
-    frequency = torch.tensor([1, 3, 3])[:, None, None] * (1 + k[:, None] ** 2 + k ** 2).sqrt()
-    waves = F.normalize(waves)[frequency.flatten().argsort(stable=True)[:width - 2]]
-    rotation = torch.linalg.qr(torch.cat([torch.ones_like(normal(width, 1)), normal(width, width - 1)], dim=1))[0]
-    projection = net.embeddings.patch_embeddings.projection
-    projection.weight.data = (rotation[:, 2:2 + len(waves)] @ waves / patch).view(width, 3, patch, patch).float()
-    projection.bias.data = (4 * rotation[:, 1]).float()
-    return net, "random:" + ",".join(f"{name}={value}" for name, value in sizes.items())
+        identity(about)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is no description of latents ({error}): encode into another --out") from error
+    return about
 
 
-# ---- Readers: latents, and the order in which training sees them -----------------------------------------------------
 def read_description(folder):
-    """latents.json of a finished folder."""
-    if not (Path(folder) / "latents.json").exists():
-        if (Path(folder) / "encoding.json").exists():
+    """latents.json of a finished folder, every entry of the kind and size that its readers rely on."""
+    path = Path(folder, "latents.json")
+    if not path.exists():
+        if Path(folder, "encoding.json").exists():
             raise InputError(f"{folder} holds unfinished latents: repeat the command that was making them")
         raise InputError(f"no latents in {folder}: encode_latents.py --data-path IMAGES --out {folder} makes them")
-    return read_json(Path(folder) / "latents.json")
+    about = read_about(path)
+    try:
+        shape, classes, shards, encoder = (about[k] for k in ("shape", "classes", "shards", "encoder"))
+        numbers = [*shape, about["image_size"], encoder["image_size"], encoder["encoder_size"]]
+        counts = [shard["count"] for shard in shards]
+        texts = [*classes, encoder["id"], encoder["sha256"], about["statistics_sha256"], about["data"]["name"],
+                 *(shard["sha256"] for shard in shards)]
+        fits = [type(classes) is list, len(shape) == 3, about["precision"] in ("fp32", "bf16"),
+                type(about["flips"]) is bool, all(type(n) is int and 0 < n <= 2 ** 14 for n in numbers),
+                all(type(n) is int and n >= 0 for n in counts), about["count"] == sum(counts) > 0,
+                all(isinstance(text, str) for text in texts),
+                all(re.fullmatch(r"shard_\d+\.safetensors", shard["file"]) for shard in shards)]
+        if not all(fits):
+            raise ValueError("an entry is not of its kind or size")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no description of latents ({error}): repeat the command that made it") from error
+    return about
 
 
-def encoder_of(description):
-    """The Encoder that made the latents of this description; InputError where its weights are others by now."""
-    about = description["encoder"]
-    encoder = Encoder(about["id"], about["image_size"], about["encoder_size"], description["precision"])
-    if encoder.digest != about["sha256"]:
-        raise InputError(f"the encoder {about['id']} has other weights than the one that made the latents: encode again")
+def encoder_of(about):
+    """The Encoder that made the latents of this description. InputError where its weights are others by now."""
+    made = about["encoder"]
+    encoder = Encoder(made["id"], made["image_size"], made["encoder_size"], about["precision"])
+    if encoder.digest != made["sha256"] or list(encoder.shape) != about["shape"]:
+        raise InputError(f"the encoder {made['id']} has other weights than the one that made the latents: encode "
+                         "again")
     return encoder
 
 
+def statistics_of(folder, about):
+    """(mean, var) of latents. InputError where the file is not the one that their description names."""
+    path = Path(folder, "latent_stats.safetensors")
+    stats = load_stats(path, about["shape"])
+    if read_tensors(path, check=False)[1].get("sha256") != about["statistics_sha256"]:
+        raise InputError(f"{path} is not of these latents: the command that made them makes it again, and other "
+                         "statistics are given as --stats")
+    return stats
+
+
 class Latents:
-    """The latents of a folder written by this file, by memory map. Attributes: `shape` (C, H, W), `count`, `classes`,
-    `num_classes`, `stats` (mean, var; float64), `labels` (N,), `description` (latents.json). InputError: none, cut."""
+    """The latents of a folder written by this file, by memory map. Attributes: `shape` (C, H, W), `count`,
+    `classes`, `num_classes`, `stats` (mean, var; float64), `labels` (N,), `description` (latents.json).
+    InputError: none, cut, or not what the description says."""
 
     def __init__(self, folder):
         self.description = about = read_description(folder)
         self.shape, self.count, self.classes = tuple(about["shape"]), about["count"], about["classes"]
-        self.num_classes, self.stats, self.maps, labels = len(self.classes), load_stats(folder), {}, []
+        self.num_classes, self.stats = len(self.classes), statistics_of(folder, about)
         self.paths = [Path(folder, shard["file"]) for shard in about["shards"]]
         self.ends = np.cumsum([shard["count"] for shard in about["shards"]])
+        self.maps, labels = {}, []
         for path, shard in zip(self.paths, about["shards"], strict=True):
             tensors, header = read_tensors(path, check=False)
-            if header.get("sha256") != shard["sha256"]:
-                raise InputError(f"{path} is not the file that {folder}/latents.json describes: the command that made it makes it again")
-            labels.append(tensors["labels"].clone())
+            latents, y = (tensors.get(name, torch.empty(0)) for name in ("latents", "labels"))
+            if (header.get("sha256") != shard["sha256"] or latents.shape != (shard["count"], *self.shape)
+                    or latents.dtype != torch.float16 or y.shape != (shard["count"],) or y.dtype != torch.int64
+                    or not ((0 <= y) & (y < self.num_classes)).all()):
+                raise InputError(f"{path} is not the file that {folder}/latents.json describes: the command that "
+                                 "made it makes it again")
+            labels.append(y.clone())
         self.labels = torch.cat(labels)
 
     def __len__(self):
         return self.count
 
-    def __getstate__(self):                                   # pickling a map would copy the data
+    def __getstate__(self):                       # pickling a map would copy the data
         return {**self.__dict__, "maps": {}}
 
     def __getitems__(self, indices):
         """-> (float16 (B, C, H, W), labels (B,) int64), in any order."""
         batch = np.empty((len(indices), *self.shape), np.float16)
-        for i, (index, k) in enumerate(zip(indices, np.searchsorted(self.ends, indices, side="right"), strict=True)):
+        shards = np.searchsorted(self.ends, indices, side="right")
+        for i, (index, k) in enumerate(zip(indices, shards, strict=True)):
             if k not in self.maps:
                 self.maps[k] = read_tensors(self.paths[k], check=False)[0]["latents"].numpy()
-            batch[i] = self.maps[k][index - self.ends[k]]     # both counted from the shard's end: a negative index
+            # Both are counted from the shard's end: a negative index.
+            batch[i] = self.maps[k][index - self.ends[k]]
         return torch.from_numpy(batch), self.labels[indices]
 
 
+# ---- The order in which training sees them -------------------------------------------------------------------
 class RowSampler:
-    """For each step in first_step .. last_step - 1 and each (start, stop) of `rows`, the data set's indices of these
-    rows of the global batch: a DataLoader's batch_sampler.
+    """For each step in first_step .. last_step - 1 and each (start, stop) of `rows`, the data set's indices of
+    these rows of the global batch.
 
-    Row r of step k is position k * batch_size + r in an endless sequence of epochs, each a permutation of range(count)
-    that follows from (seed, epoch) alone; so the samples are the same however a run is split or resumed. flips: each
-    position also draws a bit, and index + count stands for the flipped copy."""
+    Row r of step k is position k * batch_size + r in an endless sequence of epochs, each a permutation of
+    range(count) that follows from (seed, epoch) alone; so the samples are the same however a run is split or
+    resumed. flips: each position also draws a bit, and index + count stands for the flipped copy."""
 
     def __init__(self, count, seed, batch_size, rows, first_step, last_step, flips=False):
         self.count, self.seed, self.batch_size, self.rows, self.flips = count, seed, batch_size, rows, flips
@@ -336,11 +539,12 @@ class RowSampler:
 
     def epoch(self, number):
         if number not in self.epochs:
-            self.epochs = {k: v for k, v in self.epochs.items() if k == number - 1}         # a batch may straddle two
+            # A batch may straddle two.
+            self.epochs = {k: v for k, v in self.epochs.items() if k == number - 1}
             order = torch.randperm(self.count, generator=generator("cpu", self.seed, "epoch", number))
             if self.flips:
-                bits = torch.randint(2, (self.count,), generator=generator("cpu", self.seed, "flips", number))
-                order += self.count * bits
+                g = generator("cpu", self.seed, "flips", number)
+                order += self.count * torch.randint(2, (self.count,), generator=g)
             self.epochs[number] = order
         return self.epochs[number]
 
@@ -352,70 +556,123 @@ class RowSampler:
 
 
 def batches_of(dataset, sampler, workers, pin=False):
-    """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes."""
-    ending = multiprocessing.Value("b", False, lock=False)
-    atexit.register(setattr, ending, "value", True)
+    """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes, which send
+    arrays through pipes: /dev/shm may be small. pin: into memory that a GPU copies from. InputError: one died."""
+    def received(batch):
+        tensors = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
+        return tuple(x.pin_memory() if pin and isinstance(x, torch.Tensor) else x for x in tensors)
+
+    def ask(worker):
+        for indices in itertools.islice(plan, 1):
+            worker[1].send(indices)
+            asked.append(worker)
+
+    def end():
+        for process, _ in running:
+            process.kill()                        # they only read, and heed no other signal
+
+    plan, running, asked = iter(sampler), [], deque()
+    if not workers:
+        yield from (received(dataset.__getitems__(indices)) for indices in plan)
+        return
+    atexit.register(end)
     try:
-        yield from DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=tuple, pin_memory=pin,
-                              worker_init_fn=functools.partial(outlive_signals, ending),
-                              generator=torch.Generator())    # else it draws from the global one
-    except InputError as error:                               # a worker's comes wrapped in its traceback
-        raise InputError(str(error).strip().splitlines()[-1].removeprefix("model.InputError: ")) from None
+        for _ in range(workers):
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=read_ahead, args=(dataset, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running.append((process, ours))
+        # Two batches of each: it reads the second while the first one is on its way.
+        for worker in running * 2:
+            ask(worker)
+        while asked:
+            process, connection = worker = asked.popleft()
+            batch = connection.recv()
+            ask(worker)
+            if isinstance(batch, Exception):
+                raise batch
+            yield received(batch)
+    except (EOFError, OSError) as error:
+        process.join(5)
+        raise InputError(f"a process that reads ahead has ended (status {process.exitcode}; -9: killed, for memory "
+                         "perhaps): go on with fewer --workers") from error
+    finally:
+        end()
+        atexit.unregister(end)
 
 
-def outlive_signals(ending, worker):
-    """A signal to the whole group, torchrun's way, is the training's to act on: its workers go on until that ends. Only then
-    is SIGTERM meant for them: multiprocessing sends it at exit, and waits for them."""
-    def on_signal(number, frame):
-        if ending.value:
-            os._exit(0)                                       # else the loader would complain of a lost worker
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+def read_ahead(dataset, connection):
+    """A worker. A signal to the whole group, torchrun's way, is the training's to act on, not its."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    sent = None
+    with ThreadPoolExecutor(1) as sender:
+        while True:
+            try:
+                indices = connection.recv()
+            except (EOFError, OSError):           # the training has ended
+                return
+            try:
+                batch = dataset.__getitems__(indices)
+                batch = [x.numpy() if isinstance(x, torch.Tensor) else x for x in batch]
+            except Exception as error:
+                batch = error
+            if sent and sent.exception():
+                return
+            sent = sender.submit(connection.send, batch)
 
 
 class TrainingData:
-    """What a stage trains on: the latents of a folder; or images encoded on the fly, flipped at random, as that folder
-    describes (its shards are not needed); or, `synthetic` = 256 or 512, random latents at the real shapes.
+    """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes (its
+    shards are not needed); or, `synthetic` = 256 or 512, random latents at the real shapes.
 
-    Attributes: `shape`, `classes` (names), `stats` (mean, var), `about` (dict, for the run's records)."""
+    Attributes: `shape`, `classes` (names), `stats` (mean, var), `about` (dict, for the run's records), `digest`
+    (of the contents, wherever they lie), `encoder` (of images on the fly, else None)."""
 
     def __init__(self, latents, data_path=None, synthetic=None):
-        self.encoder, self.dataset = None, None
+        self.encoder, self.dataset, self.flips = None, None, False
         if synthetic:
-            self.shape, self.classes = (768, synthetic // 16, synthetic // 16), [str(i) for i in range(1000)]
+            self.shape = (768, synthetic // 16, synthetic // 16)
+            self.classes = [str(i) for i in range(1000)]
             self.stats = torch.zeros(self.shape).double(), torch.ones(self.shape).double()
             self.about = {"synthetic": synthetic}
+            self.digest = digest_of_text(self.about)
             return
-        description = read_description(latents)
-        self.shape, self.classes = tuple(description["shape"]), description["classes"]
-        self.stats = load_stats(latents)
-        self.about = {name: value for name, value in description.items() if name not in ("classes", "shards")}
+        about = read_description(latents)
+        self.shape, self.classes = tuple(about["shape"]), about["classes"]
+        self.about = {k: v for k, v in about.items() if k not in ("classes", "shards")}
         if data_path is None:
             self.dataset = Latents(latents)
-            return
-        about = description["encoder"]
-        self.dataset = Images(data_path, about["image_size"])
-        if self.dataset.classes != self.classes:
-            raise InputError(f"{data_path} has other classes than {latents}, made from {description['data']['name']}: "
-                             "give the images that these latents are of")
-        self.encoder = encoder_of(description)
+            self.stats = self.dataset.stats
+            content = [shard["sha256"] for shard in about["shards"]]
+        else:
+            self.stats, self.flips = statistics_of(latents, about), about["flips"]
+            self.dataset = Images(data_path, about["image_size"])
+            if self.dataset.classes != self.classes:
+                raise InputError(f"{data_path} has other classes than {latents}, made from "
+                                 f"{about['data']['name']}: give the images that these latents are of")
+            self.encoder = encoder_of(about)
+            content = {**identity(about), "data": self.dataset.digest}
+        encoder, stats = about["encoder"]["sha256"], about["statistics_sha256"]
+        self.digest = digest_of_text(self.classes, encoder, stats, content)
 
     def batches(self, seed, batch_size, rows, first_step, last_step, device, workers=0):
-        """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`: RowSampler."""
+        """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`."""
         if self.dataset is None:
-            for step in range(first_step, last_step):
-                for start, stop in rows:
-                    g = generator(device, seed, "synthetic", step, start)
-                    yield (torch.randn(stop - start, *self.shape, generator=g, device=device),
-                           torch.randint(len(self.classes), (stop - start,), generator=g, device=device))
+            for step, (start, stop) in itertools.product(range(first_step, last_step), rows):
+                g = generator(device, seed, "synthetic", step, start)
+                yield (torch.randn(stop - start, *self.shape, generator=g, device=device),
+                       torch.randint(len(self.classes), (stop - start,), generator=g, device=device))
             return
         encode = self.encoder.to(device) if self.encoder else nn.Identity()
-        sampler = RowSampler(len(self.dataset), seed, batch_size, rows, first_step, last_step, self.encoder is not None)
+        sampler = RowSampler(len(self.dataset), seed, batch_size, rows, first_step, last_step, self.flips)
         for x, y in batches_of(self.dataset, sampler, workers, pin=device.type == "cuda"):
             yield encode(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
 
-# ---- Statistics that merge: (count, mean, m2), m2 the sum of squared deviations; float64 (C, H, W) -------------------
+# ---- Statistics that merge: (count, mean, m2), m2 the sum of squared deviations; float64 (C, H, W) -----------
 def moments(latents):
     x = latents.double()
     mean = x.sum(0) / max(len(x), 1)
@@ -429,44 +686,50 @@ def merge(a, b):
     return n, a[1] + delta * share, a[2] + b[2] + delta.square() * (a[0] * share)
 
 
-# ---- Encoding --------------------------------------------------------------------------------------------------------
+# ---- Encoding ------------------------------------------------------------------------------------------------
 def shard_path(out, k):
     return out / f"shard_{k:05d}.safetensors"
 
 
-def is_whole(path):
-    try:
-        return "sha256" in read_tensors(path)[1]
-    except InputError as error:
-        if path.exists():
-            print(f"{error}: encoding it again", file=sys.stderr)
-        return False
-
-
 def claim(out, settings, needed):
     """Make `out` the folder of these latents, or see that it is; see that they fit the disk."""
-    if (out / "encoding.json").exists():
-        before = read_json(out / "encoding.json")
-        other = [f"{k} {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-        if other:
-            raise InputError(f"{out} holds other latents ({'; '.join(other)}): give another --out, or remove it")
-    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
-        raise InputError(f"{out} holds something else: give an --out that is empty or new")
-    for path in out.glob(".*tmp*"):                           # of a process that was killed while it wrote
-        path.unlink()
+    described = out / "encoding.json"
+    if out.exists() and not described.exists():
+        if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
+            raise InputError(f"{out} holds something else: give an --out that is empty or new")
     there = sum(path.stat().st_size for path in out.glob("shard_*.safetensors"))
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
-    gigabytes = f"{needed / 1e9:,.2f} GB, {there / 1e9:,.2f} GB of it there, {free / 1e9:,.2f} GB free"
-    print(f"space needed in {out}: {gigabytes}", flush=True)
+    space = f"{needed / 1e9:,.2f} GB, {there / 1e9:,.2f} GB of it there, {free / 1e9:,.2f} GB free"
+    say(f"space needed in {out}: {space}")
     if needed - there > free:
-        raise InputError(f"the latents do not fit into {out} ({gigabytes}): make space, or have the training stages "
+        raise InputError(f"the latents do not fit into {out} ({space}): make space, or have the training stages "
                          "encode on the fly (their --data-path)")
-    write_json(out / "encoding.json", settings)
+    hold(out / ".lock", "shard_*.safetensors", "latent_stats.safetensors", "*.json", "skipped.txt")
+    if described.exists():
+        refuse_other(out, identity(read_about(described)), identity(settings))
+    write_json(described, settings)
+
+
+def is_whole(out, k, settings, listed):
+    """Whether shard k is there, undamaged, and of these images and this encoder. Shards of older versions do not
+    say so: they are known by `listed`, {file: sha256} of a latents.json."""
+    path = shard_path(out, k)
+    if not path.exists():
+        return False
+    try:
+        header = read_tensors(path)[1]
+        if header.get("origin", header.get("sha256")) in (origin(settings, k), listed.get(path.name, "")):
+            return True
+        error = f"{path} is of other images or another encoder"
+    except InputError as damage:
+        error = damage
+    say(f"{error}: encoding it again", sys.stderr)
+    return False
 
 
 @torch.no_grad()
-def encode_shards(images, encoder, shards, out, batch_size, workers, skip_bad):
-    """Encode `shards`, {number: range of indices}, in order; write each when complete. Yields each batch's size."""
+def encode_shards(images, encoder, shards, out, settings, batch_size, workers, skip_bad):
+    """Encode `shards`, {number: range of indices}, in order; write each when complete. Yields batches' sizes."""
     plan = [(k, rows[i:i + batch_size]) for k, rows in shards.items() for i in range(0, len(rows), batch_size)]
     device, parts = encoder.mean.device, []
     batches = batches_of(images, [rows for _, rows in plan], workers, pin=device.type == "cuda")
@@ -476,127 +739,144 @@ def encode_shards(images, encoder, shards, out, batch_size, workers, skip_bad):
         good = [i for i in range(len(rows)) if i not in bad]
         z = encoder(x.to(device))[good].half()
         if not z.isfinite().all():
-            raise InputError(f"latents of {images.paths[rows[0] % len(images)]}, or of the {len(rows) - 1} images "
-                             "after it, are not finite in float16: look at the encoder's weights")
-        parts.append((z.cpu(), y[good], moments(z), enlarged, [str(error) for error in bad.values()]))
+            first = printable(images.paths[rows[0] % len(images)])
+            raise InputError(f"latents of {first}, or of the {len(rows) - 1} images after it, are not finite in "
+                             "float16: look at the encoder's weights")
+        # Without the folder's path: the same images elsewhere are the same shard.
+        skipped = [str(error).removeprefix(f"{printable(images.path)}/") for error in bad.values()]
+        parts.append((z.cpu(), y[good], moments(z), enlarged, skipped))
         if rows[-1] == shards[k][-1]:
             latents, labels, statistics, enlarged, skipped = zip(*parts, strict=True)
             _, mean, m2 = functools.reduce(merge, statistics)
-            notes = json.dumps({"enlarged": sum(enlarged), "skipped": sum(skipped, [])}).encode()
-            write_tensors(shard_path(out, k), {
-                "latents": torch.cat(latents), "labels": torch.cat(labels), "mean": mean, "m2": m2,
-                "notes": torch.tensor(list(notes), dtype=torch.uint8)})         # a tensor, so that the digest covers it
+            tensors = {"latents": torch.cat(latents), "labels": torch.cat(labels), "mean": mean, "m2": m2}
+            notes = json.dumps({"enlarged": sum(enlarged), "skipped": sum(skipped, [])})
+            write_tensors(shard_path(out, k), tensors, {"origin": origin(settings, k), "notes": notes})
             parts = []
         yield len(rows)
 
 
-def finish(out, count, settings, shape, classes):
-    """From the shards' own moments and notes, without reading their latents: statistics, skipped.txt, latents.json."""
+def gather(out, count):
+    """What the shards say, without reading their latents: moments of all, the list for latents.json, the number
+    of images that were enlarged, those that were left out."""
     statistics, shards, enlarged, skipped = [], [], 0, []
     for path in (shard_path(out, k) for k in range(count)):
         tensors, header = read_tensors(path, check=False)
-        n, notes = len(tensors["labels"]), json.loads(bytes(tensors["notes"].tolist()))
-        statistics.append((n, tensors["mean"], tensors["m2"]))
-        shards.append({"file": path.name, "count": n, "sha256": header["sha256"]})
+        # Older versions kept the notes in a tensor.
+        notes = json.loads(header["notes"] if "notes" in header else bytes(tensors["notes"].tolist()))
+        statistics.append((len(tensors["labels"]), tensors["mean"], tensors["m2"]))
+        shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": header["sha256"]})
         enlarged, skipped = enlarged + notes["enlarged"], skipped + notes["skipped"]
-    n, mean, m2 = functools.reduce(merge, statistics)
+    return functools.reduce(merge, statistics), shards, enlarged, skipped
+
+
+def finish(out, count, settings, shape, images):
+    """Write statistics, skipped.txt and, last, latents.json."""
+    (n, mean, m2), shards, enlarged, skipped = gather(out, count)
     if not n:
         raise InputError(f"no image could be read; the first: {skipped[0]}")
     digest = write_tensors(out / "latent_stats.safetensors", {"mean": mean, "var": m2 / n})
     if skipped:
-        write_atomically(out / "skipped.txt", lambda path: path.write_text("\n".join([*skipped, ""]), errors="replace"))
-    write_json(out / "latents.json", {**settings, "shape": shape, "dtype": "float16", "count": n, "classes": classes,
-                                      "statistics_sha256": digest, "shards": shards})
-    print(f"{out}: {n:,} latents of {'x'.join(map(str, shape))}, {len(classes)} classes; {enlarged:,} images were too "
-          f"small and enlarged, {len(skipped):,} unreadable and left out{' (skipped.txt)' if skipped else ''}")
+        folder = f"{printable(images.path)}/"
+        lines = "".join(f"{folder}{line.removeprefix(folder)}\n" for line in skipped)
+        write_atomically(out / "skipped.txt", lambda beside: beside.write_text(lines))
+    write_json(out / "latents.json", {
+        **settings, "shape": shape, "dtype": "float16", "count": n, "classes": images.classes,
+        "statistics_sha256": digest, "shards": shards})
+    say(f"{out}: {n:,} latents of {'x'.join(map(str, shape))}, {len(images.classes)} classes; {enlarged:,} images "
+        f"were too small and enlarged, {len(skipped):,} unreadable and left out{' (skipped.txt)' * bool(skipped)}")
 
 
 def verify(out):
-    """Read every file back; InputError names the damaged ones."""
+    """Read every file back. InputError names those that are damaged, of other images or another encoder, out of
+    place, and statistics that are not the shards'."""
     about, bad = read_description(out), []
     files = {shard["file"]: shard["sha256"] for shard in about["shards"]}
     files["latent_stats.safetensors"] = about["statistics_sha256"]
-    for name, digest in tqdm(files.items(), disable=not sys.stderr.isatty()):
+    for k, (name, digest) in enumerate(tqdm(files.items(), disable=not sys.stderr.isatty())):
         try:
-            if read_tensors(out / name)[1].get("sha256") != digest:
+            header = read_tensors(out / name)[1]
+            if header.get("sha256") != digest or header.get("origin", origin(about, k)) != origin(about, k):
                 bad.append(f"{out / name} is not the file that latents.json describes")
         except InputError as error:
             bad.append(str(error))
+    if not bad:
+        (n, mean, m2), shards, *_ = gather(out, len(about["shards"]))
+        if shards != about["shards"] or digest_of({"mean": mean, "var": m2 / n}) != about["statistics_sha256"]:
+            bad.append(f"{out}/latents.json does not describe these shards and their statistics")
     if bad:
-        raise InputError(f"{len(bad)} of {len(files)} files are damaged (the command that made them makes them again): "
-                         + "; ".join(bad))
-    print(f"{out}: {len(files)} files with {about['count']:,} latents read back, all whole")
+        raise InputError(f"{len(bad)} of {len(files)} files are damaged (the command that made them makes them "
+                         f"again): {'; '.join(bad)}")
+    say(f"{out}: {len(files)} files with {about['count']:,} latents read back, all whole")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data-path", default="data/imagenet/train",
-        help="folder of class folders of images, or a .zip of one (default %(default)s)")
-    add("--out", default="data/latents",
-        help="folder for the latents, on a disk that all processes share (default %(default)s: what the stages read)")
-    add("--encoder", default=DINOV2, help="Hub id or folder of a Dinov2WithRegistersModel, or one with random weights, "
-        f"made on the spot: {RANDOM} (default %(default)s: RAE)")
-    add("--image-size", type=int, default=256, help="pixels (default %(default)s: paper; also 512)")
-    add("--encoder-size", type=int, help="pixels that the encoder sees, a multiple of its patch (default image size * "
-        "patch / 16: 224 for 256, 448 for 512; RAE)")
-    add("--batch-size", type=int, default=64, help="images per process and pass; changes latents by rounding alone "
-        "(default %(default)s)")
-    add("--workers", type=int, default=min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        help="processes per device that decode images (default here %(default)s: up to 8 of this machine's cores)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (default %(default)s: float16 "
-        "keeps 11 bits, bf16 has 8)")
-    add("--shard-size", type=int, default=4096, help="images per file (default %(default)s: 1.6 GB at 256 px)")
-    add("--flips", action="store_true", help="encode every image flipped sideways too: twice the space (default no)")
-    add("--skip-bad", action="store_true",
-        help="leave unreadable images out and list them in skipped.txt (default: stop at the first)")
-    add("--verify", action="store_true", help="read the latents in --out back and compare their digests; nothing else")
-    args = parser.parse_args(argv)
-    if min(args.image_size, args.batch_size, args.shard_size) < 1 or args.workers < 0 or (args.encoder_size or 1) < 1:
-        raise InputError("sizes must be positive")
-    return args
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    cores, pixels = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), number(int, 1, 2 ** 14)
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", default="data/imagenet/train", help="folder of class folders of images, or a .zip of one")
+    add("--image-size", type=pixels, default=256, help="pixels (paper; also 512)")
+    add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
+    add("--skip-bad", action="store_true", help="list unreadable images in skipped.txt, in place of stopping")
+    add = parser.add_argument_group("encoder").add_argument
+    add("--encoder", default=DINOV2, help="folder or Hub id of a Dinov2WithRegistersModel (RAE)")
+    add("--encoder-size", type=pixels, help="pixels that it sees (default: image size * patch / 16; RAE)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, 8 bits for float16's 11")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=whole(), default=64, help="images per process and pass; changes rounding alone")
+    add("--workers", type=whole(0), default=min(8, cores), help="processes per device that decode images")
+    add = parser.add_argument_group("files").add_argument
+    add("--out", default="data/latents", help="folder for the latents, on a disk that all processes share")
+    add("--shard-size", type=whole(), default=4096, help="images per file: 1.6 GB at 256 px")
+    add("--verify", action="store_true", help="read the latents in --out back and prove them; nothing else")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    world, rank, device = processes(args.precision)
+    device, rank, world = launch(args.precision, hours=24)
     if args.verify:
         return verify(out) if rank == 0 else None
+
     images = ImagesWithNotes(args.data_path, args.image_size)
     encoder = Encoder(args.encoder, args.image_size, args.encoder_size, args.precision).to(device)
     total = len(images) * (2 if args.flips else 1)
-    count = -(-total // args.shard_size)
-    listing = hashlib.sha256(json.dumps([images.classes, images.paths]).encode()).hexdigest()
-    data = {"name": images.path.resolve().name, "images": len(images), "sha256_of_names": listing}
+    data = {"name": images.path.resolve().name, "images": len(images), "sha256_of_names": images.digest}
     settings = {"format": 1, "data": data, "encoder": encoder.describe(), "image_size": args.image_size,
                 "precision": args.precision, "flips": args.flips, "shard_size": args.shard_size}
-    if world > 1:                           # processes only wait for one another, perhaps for hours: Gloo on GPUs too
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
     if rank == 0:
-        print(f"{len(images):,} images in {len(images.classes)} classes; encoder {encoder.source} at "
-              f"{encoder.encoder_size} px on {device}")
+        say(f"{len(images):,} images in {len(images.classes)} classes; encoder {encoder.source} at "
+            f"{encoder.encoder_size} px on {device}")
+        numbered = all(name.isdecimal() for name in images.classes)
+        if numbered and images.classes != sorted(images.classes, key=int):
+            ids = ", ".join(f"{name} has {i}" for i, name in enumerate(images.classes[:20]))
+            say(f"class ids follow the names as text: {ids}")
         claim(out, settings, total * (math.prod(encoder.shape) * 2 + 8))
-    if world > 1:
-        dist.barrier()
-        if not (out / "encoding.json").exists() or read_json(out / "encoding.json") != settings:
-            raise InputError(f"process {rank} does not see what process 0 wrote to {out}: it must lie on a disk that all nodes share")
-    shards = {k: range(k * args.shard_size, min((k + 1) * args.shard_size, total)) for k in range(rank, count, world)
-              if not is_whole(shard_path(out, k))}
+    barrier()
+    if not (out / "encoding.json").exists() or read_json(out / "encoding.json") != settings:
+        raise InputError(f"process {rank} does not see what process 0 wrote to {out}: it must lie on a disk that "
+                         "all nodes share")
+
+    # The shards of this process, as far as they are not there.
+    count = -(-total // args.shard_size)
+    listed = read_description(out)["shards"] if (out / "latents.json").exists() else []
+    listed = {shard["file"]: shard["sha256"] for shard in listed}
+    shards = {k: range(k * args.shard_size, min((k + 1) * args.shard_size, total))
+              for k in range(rank, count, world) if not is_whole(out, k, settings, listed)}
     share, done, start = sum(map(len, shards.values())), 0, time.monotonic()
-    bar, said = tqdm(total=share * world, unit=" images", disable=rank > 0 or not sys.stderr.isatty()), start
-    for n in encode_shards(images, encoder, shards, out, args.batch_size, args.workers, args.skip_bad):
+    bar = tqdm(total=share * world, unit=" images", disable=rank > 0 or not sys.stderr.isatty())
+    said = start
+    for n in encode_shards(images, encoder, shards, out, settings, args.batch_size, args.workers, args.skip_bad):
         done, now = done + n, time.monotonic()
-        bar.update(n * world)               # all processes are about as far as this one
+        bar.update(n * world)                     # all processes are about as far as this one
         if rank == 0 and bar.disable and (now - said > 10 or done == share):
             rate, said = done * world / (now - start), now
             left = timedelta(seconds=round((share - done) * world / rate))
-            print(f"{done * world:,} of {share * world:,} images, {rate:,.0f} images/s, {left} left", flush=True)
+            say(f"{done * world:,} of {share * world:,} images, {rate:,.0f} images/s, {left} left")
     bar.close()
-    if world > 1:
-        dist.barrier()
+    barrier()
     if rank == 0:
-        finish(out, count, settings, encoder.shape, images.classes)
+        finish(out, count, settings, encoder.shape, images)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ stage() {   # NAME COMMAND...: show the command, run it, note its seconds (of th
 COMMON="--seed $SEED --log-every 200 --save-every 1000 --keep 1 --resume"
 
 stage digits "$PYTHON" sanity/digits.py --out $DATA
+stage encoder "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder"
 stage encode "$PYTHON" encode_latents.py --data-path $DATA/train --out "$LATENTS" --image-size 32 --encoder-size 32 --batch-size 256 \
-    --workers $WORKERS --encoder random:width=64,depth=2,heads=4,patch=8,seed=0
+    --workers $WORKERS --encoder "$RUN/encoder"
 stage decoder "$PYTHON" sanity/train_decoder.py --data-path $DATA/train --latents "$LATENTS" --out "$RUN/decoder" --seed "$SEED" --resume
 
 # Latents of 1,024 numbers need no time shift by RAE's rule. It is 2.5 here, so that a shift forgotten anywhere would show.

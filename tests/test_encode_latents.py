@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,9 +20,20 @@ from PIL import Image
 import encode_latents
 from encode_latents import Encoder, Images, Latents, RowSampler, TrainingData, adm_crop, batches_of, main, open_rgb
 from model import InputError, read_json, write_json
+from sanity import random_encoder
 
 SCRIPT = Path(encode_latents.__file__)
-TINY = "random:width=16,depth=1,heads=2,patch=8,seed=3"
+
+
+def encoder_folder(name="tiny", folder=Path(tempfile.mkdtemp()), **sizes):
+    """A folder with a random encoder, made once."""
+    sizes = dict(width=16, depth=1, heads=2, patch=8, seed=3) | sizes
+    flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    random_encoder.main(["--out", str(folder / name), *flags])
+    return str(folder / name)
+
+
+TINY = encoder_folder()
 
 
 def picture(width, height, seed=0):
@@ -49,7 +61,13 @@ def encode(data, out, *more):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """{name: bytes}; of a safetensors file its header, whose entries are in no order, and the bytes after it."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    for name, data in found.items():
+        if name.endswith(".safetensors"):
+            end = 8 + int.from_bytes(data[:8], "little")
+            found[name] = json.loads(data[8:end]), data[end:]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +316,7 @@ def test_encoder_is_dinov2_without_the_last_affine(tmp_path):
     assert (z - wanted).abs().max() < 1e-4
     assert torch.equal(z, encoder(images / 255))
     assert {k: v for k, v in encoder.describe().items() if k != "sha256"} == {
-        "id": str(tmp_path), "image_size": 48, "encoder_size": 42, "patch": 14, "width": 24}
+        "id": str(tmp_path), "image_size": 48, "encoder_size": 42, "patch": 14, "width": 24, "untrained": False}
     assert (Encoder(tmp_path, 256).encoder_size, Encoder(tmp_path, 512).encoder_size) == (224, 448)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     reduced = Encoder(tmp_path, 48, precision="bf16")(images)
@@ -312,19 +330,20 @@ def test_encoders_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     Dinov2Model(config).save_pretrained(tmp_path)
     for arguments, complaint in (((tmp_path,), "a dinov2 model"), ((tmp_path / "none",), "no encoder"),
                                  ((TINY, 40), "encoder-size"), ((TINY, 32, 30), "multiple of 8"),
-                                 (("random:width=15",), "multiple of heads"), (("random:w=8",), "like random")):
+                                 (("random:width=16,seed=3",), "random_encoder.py --out FOLDER --width 16 --seed 3")):
         with pytest.raises(InputError, match=complaint):
             Encoder(*arguments)
 
 
 def test_random_encoder_depends_on_its_seed_alone_and_keeps_the_image():
     state = torch.get_rng_state()
-    encoder = Encoder("random:patch=4,width=48", 32, 32)
+    sizes = dict(width=48, depth=2, heads=4, patch=4)
+    encoder = Encoder(encoder_folder("a", **sizes, seed=0), 32, 32)
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(1)
-    assert encoder.describe() == Encoder("random:width=48,depth=2,heads=4,patch=4,seed=0", 32, 32).describe()
-    assert encoder.digest != Encoder("random:width=48,patch=4,seed=1", 32, 32).digest
-    assert encoder.source == "random:width=48,depth=2,heads=4,patch=4,seed=0"
+    assert encoder.digest == Encoder(encoder_folder("b", **sizes, seed=0), 32, 32).digest
+    assert encoder.digest != Encoder(encoder_folder("c", **sizes, seed=1), 32, 32).digest
+    assert encoder.untrained and encoder.describe()["untrained"]
     images = torch.stack([torch.from_numpy(picture(32, 32, seed)) for seed in range(60)]).permute(0, 3, 1, 2) / 255
     brightness = torch.linspace(0.2, 1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
     images = images * brightness[:, None, None, None]         # a LayerNorm would lose it
@@ -360,7 +379,7 @@ def test_latents_and_their_order(data, encoded):
     assert about["encoder"] == encoder.describe() and about["data"]["name"] == data.name and about["image_size"] == 32
     assert [shard["count"] for shard in about["shards"]] == [8, 8, 7]
     assert about["dtype"] == "float16" and not about["flips"]
-    assert str(data.parent) not in (encoded / "latents.json").read_text()
+    assert str(data) not in (encoded / "latents.json").read_text()
 
 
 def test_statistics_are_those_of_the_rounded_latents(encoded):
@@ -440,9 +459,9 @@ def test_the_reader_refuses_cut_and_unfinished_folders(copy, tmp_path):
 
 def test_a_folder_with_something_else_is_refused(data, copy, tmp_path):
     before, other = contents(copy), write_images(tmp_path / "other", (9, 7, 7))
-    for flags, complaint in ((("--encoder", TINY.replace("seed=3", "seed=4")), "encoder"), (("--flips",), "flips"),
+    for flags, complaint in ((("--encoder", encoder_folder("other", seed=4)), "encoder"), (("--flips",), "flips"),
                              (("--shard-size", "4"), "shard_size"), (("--data-path", str(other)), "data")):
-        with pytest.raises(InputError, match=f"holds other latents.*{complaint}"):
+        with pytest.raises(InputError, match=f"holds other work.*{complaint}"):
             encode(data, copy, *flags)
     assert contents(copy) == before
     (tmp_path / "mine").mkdir()
@@ -558,21 +577,26 @@ def test_flips_follow_from_the_position():
         i for k in range(25, 50) for i in bits[20 * k + 10:20 * k + 20]]
 
 
-def test_training_data(data, encoded, copy):
-    """From stored latents and from images encoded on the fly: the same samples, but for flips."""
+def test_training_data(data, encoded, copy, tmp_path):
+    """From stored latents and from images encoded on the fly: the same samples; flipped on the fly as --flips said."""
     arguments = 7, 6, [(0, 3), (3, 6)], 2, 6, torch.device("cpu")
-    stored = list(TrainingData(encoded).batches(*arguments))
+
+    def samples(training):
+        return [torch.cat(part) for part in zip(*training.batches(*arguments), strict=True)]
+    stored = TrainingData(encoded)
     for path in copy.glob("shard_*"):                         # the shards are not needed
         path.unlink()
     fly = TrainingData(copy, data)
-    assert (fly.shape, fly.classes, len(stored)) == ((16, 4, 4), ["a", "b", "c"], 8)
-    assert fly.about["encoder"]["id"] == TINY and "shards" not in fly.about
+    assert (fly.shape, fly.classes, len(list(stored.batches(*arguments)))) == ((16, 4, 4), ["a", "b", "c"], 8)
+    assert fly.about["encoder"]["id"] == TINY and "shards" not in fly.about and not fly.flips
+    (z, y), (z_fly, y_fly) = samples(stored), samples(fly)
+    assert torch.equal(y, y_fly) and (z - z_fly).abs().max() < 4e-3
+    flipping = TrainingData(encode(data, tmp_path / "flips", "--flips"), data)
     flipped = [i >= 23 for rows in RowSampler(23, *arguments[:-1], flips=True) for i in rows]
-    (z, y), (z_fly, y_fly) = ([torch.cat(part) for part in zip(*batches, strict=True)]
-                              for batches in (stored, fly.batches(*arguments)))
-    assert torch.equal(y, y_fly) and 4 < sum(flipped) < 20
-    far = (z - z_fly).abs().flatten(1).max(1).values > 4e-3
-    assert far.tolist() == flipped
+    z_flip, y_flip = samples(flipping)
+    far = (z - z_flip).abs().flatten(1).max(1).values > 4e-3
+    assert torch.equal(y, y_flip) and far.tolist() == flipped and 4 < sum(flipped) < 20
+    assert len({stored.digest, fly.digest, flipping.digest}) == 3
     with pytest.raises(InputError, match="other classes"):
         TrainingData(encoded, data / "b")
     about = read_json(encoded / "latents.json")
@@ -600,4 +624,4 @@ def test_errors_are_one_line_and_help_is_light(tmp_path):
     light = "import sys, encode_latents as e\ntry: e.main(['-h'])\nfinally: assert 'transformers' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert run.returncode == 0, run.stderr
-    assert "facebook/dinov2-with-registers-base: RAE" in " ".join(run.stdout.split())
+    assert "facebook/dinov2-with-registers-base" in " ".join(run.stdout.split())

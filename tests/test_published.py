@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import encode_latents
 import model
+from sanity.export_autoencoder import export_autoencoder
 
 HERE = Path(__file__).resolve().parent
 XL = dict(in_channels=768, num_classes=1000, **model.DIT_PRESETS["DiTDH-XL"])
@@ -174,15 +175,19 @@ def test_a_turned_bit_is_noticed(teacher, tmp_path):
 
 
 def test_a_changed_description_is_noticed(teacher, tmp_path):
-    """JSON files and the headers of tensor files have digests too; a JSON file without one, another's, is taken as it is."""
+    """What only programs write, JSON and the headers of tensor files, has a digest; config.json may be edited by hand."""
     stats = torch.zeros(8, 4, 4), torch.ones(8, 4, 4)
     model.save_network(tmp_path, teacher.state_dict(), {"kind": "teacher", "network": TINY, "time_shift": 4.0}, stats)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("4.0", "5.0"))
-    with pytest.raises(model.InputError, match="config.json has changed since it was written"):
-        model.load_network(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**json.loads(text), "sha256": None}))
-    model.load_network(tmp_path)
+    assert model.load_network(tmp_path)[1]["time_shift"] == 5
+    model.write_json(tmp_path / "about.json", {"count": 4})
+    text = (tmp_path / "about.json").read_text()
+    (tmp_path / "about.json").write_text(text.replace("4", "5", 1))
+    with pytest.raises(model.InputError, match="about.json has changed since it was written"):
+        model.read_json(tmp_path / "about.json")
+    (tmp_path / "about.json").write_text(json.dumps({**json.loads(text), "sha256": None}))
+    assert model.read_json(tmp_path / "about.json") == {"count": 4}
     path = tmp_path / "state.safetensors"
     model.write_tensors(path, {"x": torch.ones(3)}, {"step": "31"})
     assert model.read_tensors(path)[1]["step"] == "31"
@@ -209,7 +214,7 @@ def autoencoder(tmp_path_factory):
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     stats = (torch.randn(64, 16, 16).double(), 0.5 + torch.rand(64, 16, 16).double())
-    model.export_autoencoder(home / "rae", decoder, stats, encoder)
+    export_autoencoder(home / "rae", decoder, stats, encoder)
     return home, encoder, decoder, stats
 
 
@@ -242,7 +247,7 @@ def test_from_diffusers(autoencoder, tmp_path):
 def test_autoencoder_round_trip_is_bit_identical(autoencoder, tmp_path):
     home, encoder, decoder, stats = autoencoder
     again, got = model.load_decoder(home / "rae")
-    model.export_autoencoder(tmp_path / "again", again, got, encoder)
+    export_autoencoder(tmp_path / "again", again, got, encoder)
     a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (home / "rae", tmp_path / "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads((home / "rae/config.json").read_text()) == json.loads((tmp_path / "again/config.json").read_text())

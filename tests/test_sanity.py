@@ -10,7 +10,7 @@ from PIL import Image
 
 import encode_latents
 from model import InputError, load_decoder, read_json, read_tensors, write_json
-from sanity import digits, plot_logs, report, train_decoder
+from sanity import digits, plot_logs, random_encoder, report, train_decoder
 
 NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
 
@@ -20,9 +20,10 @@ def chain(tmp_path_factory):
     """Tiny digits, their latents from a random encoder, a decoder of six steps, four sample files."""
     folder = tmp_path_factory.mktemp("sanity")
     digits.main(["--out", f"{folder}/digits", "--train", "200", "--held-out", "60", "--image-size", "16"])
+    random_encoder.main(["--out", f"{folder}/run/encoder", "--width", "16", "--depth", "1", "--heads", "2"])
     encode_latents.main(["--data-path", f"{folder}/digits/train", "--out", f"{folder}/run/latents", "--workers", "0",
                          "--image-size", "16", "--encoder-size", "16",
-                         "--encoder", "random:width=16,depth=1,heads=2,patch=8,seed=0"])
+                         "--encoder", f"{folder}/run/encoder"])
     (folder / "run/samples").mkdir()
     real = np.stack([digits.draw(0, "train", i % 10, i // 10, 16) for i in range(120)])
     for name, part in zip(NAMES, (0.02, 0.9, 0.4, 0.03), strict=True):

@@ -38,8 +38,9 @@ PYTHON
 TWO="env OMP_NUM_THREADS=1 $PYTHON -m torch.distributed.run --nproc_per_node=2"      # a process on each of two cores
 COMMON="--seed 0 --log-every 200 --save-every 500 --keep 1 --resume"
 [ -e "$RUN/held-out.zip" ] || split
+stage encoder "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder" --width 48 --patch 4
 stage encode "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RUN/latents" --image-size 32 --encoder-size 32 --batch-size 256 \
-    --flips --encoder random:width=48,depth=2,heads=4,patch=4,seed=0
+    --flips --encoder "$RUN/encoder"
 stage decoder "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --latents "$RUN/latents" --out "$RUN/decoder" --noise 0.5 \
     --steps 2000 --resume
 stage teacher $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \

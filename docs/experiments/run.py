@@ -78,7 +78,8 @@ def elsewhere(encoder, teacher=2600, more=("", "", ""), **arms):
     """a, at another latent dimension or with another network: everything from the latents on anew, in {exp}/base. The dimension grows by
     the number of tokens, as a token of more channels than the head is wide (160) could not be told from noise; where a step takes long,
     the arms are fewer and have fewer. teacher: its steps; more: flags of the teacher, CMT and MFD."""
-    first = [f"{ENCODE} --out {{run}}/latents --encoder random:{encoder},seed=0",
+    first = [f"sanity/random_encoder.py --out {{run}}/encoder {encoder}",
+             f"{ENCODE} --out {{run}}/latents --encoder {{run}}/encoder",
              "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed} --resume",
              *teacher_and_cmt(teacher, "{run}", *more[:2])]
     experiment = explosion(mfd=more[2], **arms)
@@ -95,11 +96,11 @@ TEACHERS = (300, 800, 2600, 6000)                                               
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
     "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
-    "a-768": elsewhere("width=48,depth=2,heads=4,patch=8"),
-    "a-3072": elsewhere("width=48,depth=2,heads=4,patch=4", steps=1000, c="9.4e4"),         # (0.1 C H W)^2
-    "a-12288": elsewhere("width=48,depth=2,heads=4,patch=2", steps=1000, only=("ours", "labels", "embedding", "weight", "all")),
-    "a-49152": elsewhere("width=48,depth=2,heads=4,patch=1", teacher=1300, steps=300, only=("ours", "weight")),
-    "a-S": elsewhere("width=64,depth=2,heads=4,patch=8", steps=1000, only=("ours", "weight"),
+    "a-768": elsewhere("--width 48 --patch 8"),
+    "a-3072": elsewhere("--width 48 --patch 4", steps=1000, c="9.4e4"),         # (0.1 C H W)^2
+    "a-12288": elsewhere("--width 48 --patch 2", steps=1000, only=("ours", "labels", "embedding", "weight", "all")),
+    "a-49152": elsewhere("--width 48 --patch 1", teacher=1300, steps=300, only=("ours", "weight")),
+    "a-S": elsewhere("--width 64 --patch 8", steps=1000, only=("ours", "weight"),
                      more=("--preset DiTDH-S --lr 3e-4 --lr-final 1e-5", "--lr 1.5e-4 --lr-final 1e-5", "--lr 1e-4 --lr-final 1e-5")),
     "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),

@@ -1,0 +1,103 @@
+"""An encoder with random weights, for runs without downloads: a folder for `--encoder` of encode_latents.py.
+
+    python sanity/random_encoder.py --out runs/sanity/encoder
+
+It is an ordinary Dinov2WithRegistersModel, made so that a token keeps what its patch shows. The patch projection
+turns the patch's lowest frequencies (a DCT, luminance finer than colour) by a random rotation. The final LayerNorm
+removes a token's mean and length, so these are made to hold little: the rotation leaves out the direction
+(1, ..., 1) and that of a bias longer than the signal. Blocks add random features, scaled by 0.2.
+Its config.json says "untrained": true; tables and reports then call it RANDOM.
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import (  # noqa: E402
+    ArgumentParser, InputError, command, generator, hold, read_json, read_tensors, refuse_other, say, whole, write_json,
+    write_tensors)
+
+
+def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
+    """A Dinov2WithRegistersModel whose weights follow from `seed` alone. Width: a multiple of the heads, at least 3."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    if width < 3 or width % heads:
+        raise InputError(f"--width {width} --heads {heads}: the width is at least 3 and a multiple of the heads")
+    config = Dinov2WithRegistersConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+        patch_size=patch, image_size=8 * patch, layerscale_value=0.2)
+    # Its own initialization is replaced below, all of it.
+    with torch.random.fork_rng(devices=[]):
+        net = Dinov2WithRegistersModel(config)
+    g = generator("cpu", seed, "random encoder")
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    for name, parameter in net.named_parameters():
+        if name.startswith("embeddings."):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            parameter.data = (normal(*parameter.shape) / parameter.shape[1] ** 0.5).float()
+
+    # The waves that a patch is made of, as many of the lowest as there is room for.
+    k = torch.arange(patch, dtype=torch.float64)
+    line = torch.cos(math.pi / patch * k[:, None] * (k + 0.5))
+    colour = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+    waves = torch.einsum("ac,iy,jx->aijcyx", colour, line, line).flatten(0, 2).flatten(1)
+    frequency = torch.tensor([1, 3, 3])[:, None, None] * (1 + k[:, None] ** 2 + k ** 2).sqrt()
+    lowest = frequency.flatten().argsort(stable=True)[:width - 2]
+    waves = F.normalize(waves)[lowest]
+
+    # The first column of the rotation is the direction (1, ..., 1), the second the bias.
+    columns = torch.cat([torch.ones_like(normal(width, 1)), normal(width, width - 1)], dim=1)
+    rotation = torch.linalg.qr(columns)[0]
+    projection = net.embeddings.patch_embeddings.projection
+    weight = rotation[:, 2:2 + len(waves)] @ waves / patch
+    projection.weight.data = weight.view(width, 3, patch, patch).float()
+    projection.bias.data = (4 * rotation[:, 1]).float()
+    return net
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", default="runs/sanity/encoder", help="folder for the encoder")
+    add("--width", type=whole(3), default=64, help="channels of a token, a multiple of --heads")
+    add("--depth", type=whole(), default=2, help="blocks")
+    add("--heads", type=whole(), default=4, help="of the attention")
+    add("--patch", type=whole(), default=8, help="side of a patch in pixels")
+    add("--seed", type=whole(0), default=0, help="of the weights")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = Path(args.out)
+    settings = {"untrained": True, "hidden_size": args.width, "num_hidden_layers": args.depth,
+                "num_attention_heads": args.heads, "patch_size": args.patch, "seed": args.seed}
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        files = out / "config.json", out / "model.safetensors"
+        if not any(path.exists() for path in files):
+            raise InputError(f"{out} holds something else: give an --out that is empty or new")
+        # config.json is written last: where it is, the weights are.
+        if files[0].exists():
+            refuse_other(out, read_json(files[0], digest=False), settings)
+            read_tensors(files[1])
+            return say(f"{out} is there: an encoder with random weights")
+    net = random_dinov2(args.width, args.depth, args.heads, args.patch, args.seed)
+    hold(out / ".lock", "config.json", "model.safetensors")
+    write_tensors(out / "model.safetensors", net.state_dict(), {"format": "pt"})
+    config = json.loads(net.config.to_json_string())
+    config |= {"architectures": ["Dinov2WithRegistersModel"], **settings}
+    write_json(out / "config.json", config, digest=False)
+    say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    command(main)
