@@ -27,6 +27,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -127,6 +128,11 @@ class TokenEmbedding(nn.Module):
         return F.linear(z.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def plain_attention(q, k, v):
+    """Attention written out: the fused kernels have no forward-mode derivative."""
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).type_as(v) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -134,11 +140,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, rotary):
+    def forward(self, x, rotary, attention):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         # each (B, heads, N, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(rotary(q), rotary(k), v)
+        x = attention(rotary(q), rotary(k), v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -185,11 +191,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.adaLN_modulation = modulation(width, 6)
 
-    def forward(self, x, condition, rotary):
+    def forward(self, x, condition, rotary, attention=F.scaled_dot_product_attention):
         """x: (B, N, d); condition: (B, 1, d), or (B, N, d) when each token has its own."""
         parts = self.adaLN_modulation(condition).chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rotary)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rotary, attention)
         return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
 
 
@@ -207,6 +213,36 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
+# ---- The exact derivative along a direction, part by part ----
+class Pair(NamedTuple):
+    """A value and its derivative along a direction."""
+
+    value: torch.Tensor
+    tangent: torch.Tensor
+
+
+def apply_part(part, *inputs):
+    """part(*inputs). Where inputs are pairs, so is the output: forward-mode differentiation."""
+    places = [i for i, x in enumerate(inputs) if isinstance(x, Pair)]
+    if not places:
+        return part(*inputs)
+
+    def of_values(*values):
+        given = list(inputs)
+        for i, value in zip(places, values, strict=True):
+            given[i] = value
+        return part(*given)
+    values, tangents = zip(*(inputs[i] for i in places), strict=True)
+    return Pair(*torch.func.jvp(of_values, values, tangents))
+
+
+def pairwise_jvp(function, values, tangents):
+    """torch.func.jvp of a function that hands its arguments to a DiTDH and returns its answer.
+
+    Part by part, so that torch.compile serves all blocks of a tower with one graph."""
+    return function(*map(Pair, values, tangents))
+
+
 class DiTDH(nn.Module):
     """DiT with a wide diffusion head over G x G latent tokens (RAE, section 5; DDT, arXiv 2504.05741).
 
@@ -222,7 +258,7 @@ class DiTDH(nn.Module):
         width, head_width = hidden_size
         self.depth = tuple(depth)
         self.num_classes, self.shape = num_classes, (in_channels, input_size, input_size)
-        self.checkpoint_activations = False
+        self.checkpoint_activations, self.apply_part = False, apply_part
         self.pos_embed = nn.Parameter(sincos_positions(width, input_size)[None], requires_grad=False)
         self.s_embedder = TokenEmbedding(in_channels, width)
         self.x_embedder = TokenEmbedding(in_channels, head_width)
@@ -254,28 +290,37 @@ class DiTDH(nn.Module):
         Returns (B, C, G, G): the velocity (teacher) or the mean velocity over [s, t] (student).
         ValueError: a student without s, a teacher with it, arguments in another order."""
         wrong_s = (s is None) != (self.r_embedder is None)
-        last = t if s is None else s
-        if wrong_s or y.is_floating_point() or not last.is_floating_point():
+        if wrong_s or y.is_floating_point() or not (s is None or s.is_floating_point()):
             raise ValueError("a teacher takes (z, t, y), a student (z, t, y, s): "
                              "times are floating, labels integers")
-        e_t = self.t_embedder(t)
-        if s is not None:
-            e_t = e_t + self.r_embedder(t - s)
-        c = F.silu(e_t + self.y_embedder(y))[:, None]
-        x = self.s_embedder(z) + self.pos_embed
+        attention = plain_attention if isinstance(z, Pair) else F.scaled_dot_product_attention
+        e_t = self.run(self.embed_times, t, s)
+        c = self.run(lambda e_t, y: F.silu(e_t + self.y_embedder(y))[:, None], e_t, y)
+        x = self.run(lambda z: self.s_embedder(z) + self.pos_embed, z)
         for block in self.blocks[:self.depth[0]]:
-            x = self.run(block, x, c, self.enc_feat_rope)
-        q = self.s_projector(F.silu(e_t[:, None] + x))
+            x = self.run(block, x, c, self.enc_feat_rope, attention)
+        q = self.run(lambda e_t, x: self.s_projector(F.silu(e_t[:, None] + x)), e_t, x)
         # Under autocast too, the residual stream stays in float32.
-        x = self.x_embedder(z).type_as(x)
+        x = self.run(lambda z: self.x_embedder(z).to(self.pos_embed.dtype), z)
         for block in self.blocks[self.depth[0]:]:
-            x = self.run(block, x, q, self.dec_feat_rope)
-        return self.final_layer(x, q).transpose(1, 2).unflatten(2, z.shape[2:])
+            x = self.run(block, x, q, self.dec_feat_rope, attention)
+        x = self.run(self.final_layer, x, q)
+        return self.run(lambda x: x.transpose(1, 2).unflatten(2, self.shape[1:]), x)
 
-    def run(self, block, *inputs):
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def embed_times(self, t, s):
+        return self.t_embedder(t) if s is None else self.t_embedder(t) + self.r_embedder(t - s)
+
+    def run(self, part, *inputs):
+        """Apply a part of the network, to values or to pairs."""
+        if self.checkpoint_activations and torch.is_grad_enabled() and isinstance(part, Block):
+            return checkpoint(self.apply_part, part, *inputs, use_reentrant=False)
+        return self.apply_part(part, *inputs)
+
+    def compile(self, **options):
+        """Compile part by part: all blocks of a tower share a graph, one for values, one for pairs."""
+        # A graph for each number of rows, with gradient and without; beyond the limit is an error.
+        torch._dynamo.config.recompile_limit = 64
+        self.apply_part = torch.compile(apply_part, fullgraph=True, **options)
 
 
 # ---- ViT decoder (MAE style): latents -> images --------------

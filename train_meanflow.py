@@ -35,8 +35,8 @@ from encode_latents import TrainingData
 from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generators, guided, is_first, launch, load_network,
-    load_newest_state, load_stats, normalize, not_negative, number, positive, save_state, say, stop_signal,
-    time_shift, whole)
+    load_newest_state, load_stats, normalize, not_negative, number, pairwise_jvp, positive, save_state,
+    say, stop_signal, time_shift, whole)
 
 
 def transport_derivative(h, z, t, y, s, w, derivative="jvp", delta_t=0.005, h_t=None, jvp=torch.func.jvp):
@@ -45,9 +45,10 @@ def transport_derivative(h, z, t, y, s, w, derivative="jvp", delta_t=0.005, h_t=
     h: (z, t, y, s) -> mean velocity; z, w: (B, ...); t, s: (B,), 0 <= s <= t <= 1; y: (B,) int.
     derivative: "jvp", exact; "fd", finite differences of step delta_t that stay within [s, 1], second order
     everywhere; "fd-central", the published stencil, which leaves it (MF-RAE, eq. 12).
-    h_t: h(z, t, y, s), if it is known. jvp: torch.func.jvp, or a compiled one. Returns (B, ...)."""
+    h_t: h(z, t, y, s), if it is known. jvp: torch.func.jvp, or for a DiTDH, which may be compiled,
+    model.pairwise_jvp. Returns (B, ...)."""
     if derivative == "jvp":
-        # The fused attention kernels have no forward-mode derivative: plain attention here.
+        # torch's fused attention has no forward-mode derivative.
         with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return jvp(lambda z, t: h(z, t, y, s), (z, t), (w, torch.ones_like(t)))[1]
 
@@ -329,16 +330,11 @@ def main(argv=None):
     announce(student, args.data_path or args.latents, device, world, args, first_step)
 
     # Compiled, and over all processes
-    jvp = torch.func.jvp
     if args.compile:
         student.compile(dynamic=False)            # teacher and student share code, not batches
         if teacher:
             teacher.compile(dynamic=False)
-        # torch.func.jvp itself would stay eager.
-        jvp = torch.compile(lambda *x: torch.func.jvp(*x), dynamic=False)
     h = distribute(student, device)
-    # The derivative takes the network inside DDP; jvp's graph holds the one that is not compiled by itself.
-    fixed = student.forward if args.derivative == "jvp" else student
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     batches = data.batches(args.seed, args.batch_size, micro_batches, first_step, args.steps, device,
                            args.workers)
@@ -360,8 +356,8 @@ def main(argv=None):
             with autocast:
                 loss, of_loss = meanflow_loss(
                     h, v, normalize(z_0, stats), eps, t, y, s, eta, args.derivative, args.delta_t,
-                    args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4), h_fixed=fixed,
-                    jvp=jvp)
+                    args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
+                    h_fixed=student, jvp=pairwise_jvp)
             (loss / len(micro_batches)).backward()
             numbers.append(of_loss)
 
