@@ -1,225 +1,371 @@
 """Images from a network: a student in a few long jumps, a teacher along its probability-flow ODE.
 
-    student    z_s = z_t - (t - s) h(z_t, t, s, y),   times evenly spaced: 1 -> 0, or 1 -> 0.5 -> 0, ...      (MF-RAE, arXiv 2511.13019)
-    teacher    dz/dt = v(z, t, y) from t = 1 to 0 on the grid t_i = shift(1 - i / N), Euler or Heun            (RAE, arXiv 2510.11690)
+    student    z_s = z_t - (t - s) h(z_t, t, y, s)
+               at even times: 1 -> 0, or 1 -> 0.5 -> 0, ...          (MF-RAE, arXiv 2511.13019)
+    teacher    dz/dt = v(z, t, y) from t = 1 to t = 0
+               on the grid t_i = shift(1 - i / N), Euler or Heun     (RAE, arXiv 2510.11690)
 
-    python sample.py runs/meanflow --nfe 1                                  # 50,000 images, 50 of each class -> samples/meanflow_1.npz
-    torchrun --nproc_per_node=8 sample.py runs/meanflow --nfe 2             # the same numbers from eight GPUs
-    python sample.py runs/teacher --nfe 50 --num-samples 64 --grid grid.png # a picture
+    python sample.py runs/meanflow --nfe 1        # 50,000 images -> samples/meanflow_1.npz
+    torchrun --nproc_per_node=8 sample.py runs/meanflow --nfe 2         # from eight GPUs
+    python sample.py runs/meanflow --state 50000  # from a state that training kept
+    python sample.py runs/teacher --num-samples 64 --grid grid.png      # a picture
 
-Noise and label of image i follow from the seed and i alone, whatever the batch size or the number of processes. The file is what
-the ADM evaluation suite reads: .npz, arr_0 uint8 (N, H, W, 3), and arr_1 the labels. An interrupted run goes on when repeated.
+Noise and label of image i follow from the seed and i alone, whatever the batch size or the
+number of processes. The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
+(N, H, W, 3), and arr_1 the labels. An interrupted run goes on when repeated.
 """
-import argparse
 import math
+import os
+import re
 import shutil
-import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from model import (InputError, command, denormalize, digest_of, generator, guided, load_decoder, load_network, load_stats, long_jumps,
-                   ode_times, processes, provenance, read_json, read_tensors, solve_ode, write_atomically, write_json, write_tensors)
+from model import (
+    ArgumentParser, InputError, barrier, command, denormalize, digest_of, digest_of_text, fraction,
+    generator, guided, hold, is_first, launch, load_decoder, load_network, load_stats, load_strictly,
+    long_jumps, not_negative, ode_times, positive, provenance, read_json, read_tensors, refuse_other, say,
+    solve_ode, states_of, whole, write_atomically, write_json, write_tensors)
+
+DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
 
 def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
-    """z_1 (B, C, H, W) and y (B,) of the images `indices`, on the CPU. labels: "equal", i mod num_classes; "random"; or a list."""
+    """z_1 (B, C, H, W) and y (B,) of the images `indices`, on the CPU.
+
+    labels: "equal", image i has class i mod num_classes; "random"; or a list, repeated."""
     z, y = [], []
     for i in indices:
         g = generator("cpu", seed, "sample", i)
         z.append(torch.randn(shape, generator=g))
         drawn = int(torch.randint(num_classes, (), generator=g))
-        y.append({"equal": i % num_classes, "random": drawn}[labels] if isinstance(labels, str) else labels[i % len(labels)])
+        if isinstance(labels, str):
+            y.append({"equal": i % num_classes, "random": drawn}[labels])
+        else:
+            y.append(labels[i % len(labels)])
     return torch.stack(z), torch.tensor(y)
 
 
 def generate(net, z, y, nfe, solver="euler", shift=1.0, v=None):
-    """Latents from noise z (B, C, H, W) and labels y (B,) in `nfe` evaluations of `net`, a student or a teacher, for each image.
+    """Latents from noise z (B, C, H, W) and labels y (B,), in `nfe` evaluations of `net`.
 
-    v: a teacher's guided velocity, of model.guided, in its place; an evaluation of it counts as one."""
+    v: a teacher's guided velocity, of model.guided, in its place; it counts as one."""
     if net.r_embedder is not None:
-        return long_jumps(lambda z, t, s: net(z, t, y, s).float(), z, [1 - i / nfe for i in range(nfe + 1)])
+        return long_jumps(net, z, y, [1 - i / nfe for i in range(nfe + 1)])
     steps = nfe if solver == "euler" else nfe // 2
-    v = v or net
-    return solve_ode(lambda z, t: v(z, t, y).float(), z, ode_times(steps, shift), solver)[-1]
+    return solve_ode(v or net, z, y, ode_times(steps, shift), solver)[-1]
 
 
 def to_uint8(images, truncate=False):
-    """(B, 3, H, W) in [0, 1], clipped -> (B, H, W, 3) uint8. The published code truncates where others round."""
+    """(B, 3, H, W) in [0, 1], clipped -> (B, H, W, 3) uint8. The published code truncates."""
     images = images.clamp(0, 1) * 255
-    return (images if truncate else images.round()).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    images = images if truncate else images.round()
+    return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+# ---- The sample file, by way of a folder with a file for each batch ----------
+def claim(out, settings, need):
+    """See that `out` and its folder .part are free, or hold work of these settings; write .json."""
+    part, note = out.with_suffix(".part"), out.with_suffix(".json")
+    hold(out.with_name(f".{out.name}.lock"), out.name, note.name)
+    if out.exists() or any(part.glob("*.safetensors")):
+        place = out if out.exists() else part
+        return refuse_other(place, settings_in(note), settings)
+    part.mkdir(exist_ok=True)
+    free = shutil.disk_usage(part).free
+    if 2 * need > free:
+        raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+                         "are free there: make space, or give another --out")
+    write_json(note, {"settings": settings, **provenance()})
+
+
+def settings_in(path):
+    """The settings that a .json of ours records; {} where there is none."""
+    settings = read_json(path).get("settings") if path.exists() else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def batch_path(part, k):
+    return part / f"{k:06d}.safetensors"
+
+
+def sample_all(part, batches, make, rank, world):
+    """Write the files of those batches that `part` lacks, this process its share of them.
+
+    batches: ranges of image numbers; make: range -> {"images": uint8 (B, H, W, 3), "labels": (B,)}."""
+    if not part.exists():
+        raise InputError(f"process {rank} sees no {part}: it must lie on a disk all nodes share")
+    missing = [k for k in range(len(batches)) if not batch_path(part, k).exists()]
+    # All have looked before the first one writes.
+    barrier()
+    mine = missing[rank::world]
+    start = said = time.monotonic()
+    if is_first() and len(missing) < len(batches):
+        say(f"goes on: {len(batches) - len(missing)} of {len(batches)} batches are there")
+    for n, k in enumerate(mine, 1):
+        write_tensors(batch_path(part, k), make(batches[k]))
+        now = time.monotonic()
+        if is_first() and (now > said + 10 or n == len(mine)):
+            left = (now - start) / n * (len(mine) - n)
+            say(f"batch {n} of {len(mine)} of this process, {left:.0f} s left")
+            said = now
+    barrier()
+
+
+def bundle(part, count, shape, out):
+    """The `count` batches as an uncompressed .npz; shape: (N, H, W, 3)."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    formats = numpy.lib.format
+
+    def write(path):
+        labels = []
+        with zipfile.ZipFile(path, "w") as file:
+            # A ZipInfo has no date: the same samples are the same file.
+            with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
+                formats.write_array_header_1_0(stream, header)
+                for k in range(count):
+                    tensors, _ = read_tensors(batch_path(part, k))
+                    stream.write(tensors["images"].numpy())
+                    labels.append(tensors["labels"].numpy())
+            with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
+                formats.write_array(stream, numpy.concatenate(labels))
+    write_atomically(out, write)
+
+
+# ---- Pictures ----------------------------------------------------------------
+def read_samples(path, count):
+    """(image, label) for the first `count` of an .npz, one by one, without reading the rest."""
+    try:
+        labels = numpy.load(path)["arr_1"].tolist()
+        with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
+            numpy.lib.format.read_magic(stream)
+            shape = numpy.lib.format.read_array_header_1_0(stream)[0]
+            for label in labels[:count]:
+                pixels = stream.read(math.prod(shape[1:]))
+                yield numpy.frombuffer(pixels, numpy.uint8).reshape(shape[1:]), label
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it and repeat the command") from error
+
+
+def save_png(path, image):
+    write_atomically(path, lambda beside: image.save(beside, "PNG"))
 
 
 def draw_grid(path, images, labels, classes, columns):
     """A PNG of images (N, H, W, 3), each under its class name."""
     from PIL import Image, ImageDraw
     size, caption = images.shape[1], 12
-    scale = max(1, 96 // size)
-    cell = size * scale
-    grid = Image.new("RGB", (columns * (cell + 2), -(-len(images) // columns) * (cell + caption + 2)), "white")
+    cell = size * max(1, 96 // size)
+    rows = -(-len(images) // columns)
+    canvas = columns * (cell + 2), rows * (cell + caption + 2)
+    grid = Image.new("RGB", canvas, "white")
     pen = ImageDraw.Draw(grid)
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
         x, y = k % columns * (cell + 2), k // columns * (cell + caption + 2)
-        pen.text((x + 1, y), str(classes[label])[:cell // 6], fill="black")
-        grid.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST), (x, y + caption))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+        name = str(classes[label]).encode("utf-8", "backslashreplace").decode()
+        pen.text((x + 1, y), name[:cell // 6], fill="black")
+        image = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+        grid.paste(image, (x, y + caption))
+    save_png(path, grid)
 
 
-def sample_all(part, settings, batches, make, need, rank, world):
-    """Write a file for each batch into the folder `part`; those that an earlier, interrupted call finished stay.
-
-    batches: the ranges of image numbers; make: range -> {"images": uint8 (B, H, W, 3), "labels": (B,)}; need: bytes of all images."""
-    if rank == 0 and not (part / "settings.json").exists():
-        free = shutil.disk_usage(next(p for p in part.absolute().parents if p.exists())).free
-        if 2 * need > free:
-            raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
-        write_json(part / "settings.json", settings)
-    if world > 1:
-        dist.barrier()
-    if read_json(part / "settings.json") != settings:
-        raise InputError(f"{part} holds an interrupted run of other settings or weights: remove it, or give another --out")
-    mine = [k for k in range(rank, len(batches), world) if not (part / f"{k:06d}.safetensors").exists()]
-    start = said = time.monotonic()
-    bar = tqdm(mine, unit="batch", disable=rank > 0 or not sys.stderr.isatty())
-    for n, k in enumerate(bar, 1):
-        write_tensors(part / f"{k:06d}.safetensors", make(batches[k]))
-        if rank == 0 and bar.disable and (time.monotonic() - said > 30 or n == len(mine)):
-            said = time.monotonic()
-            print(f"batch {n} of {len(mine)} of this process, {(said - start) / n * (len(mine) - n):.0f} s left", flush=True)
-    if world > 1:
-        dist.barrier()
+def draw(out, args, classes):
+    """What --grid and --png ask for, from the sample file."""
+    from PIL import Image
+    if args.grid:
+        columns = len(classes) if len(classes) <= 16 else 8
+        images, labels = zip(*read_samples(out, 8 * columns), strict=True)
+        draw_grid(args.grid, numpy.stack(images), labels, classes, columns)
+        say(f"{args.grid}: the first {len(images)} images")
+    if args.png:
+        hold(Path(args.png) / ".lock", "*.png")
+        for i, (image, label) in enumerate(read_samples(out, args.num_samples)):
+            save_png(Path(args.png) / f"{i:06d}_{label}.png", Image.fromarray(image))
 
 
-def bundle(part, shape, out):
-    """The batches as an uncompressed .npz, one after another; shape: (N, H, W, 3)."""
-    def write(path):
-        labels = []
-        with zipfile.ZipFile(path, "w") as file:
-            with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:      # without dates: the same samples are the
-                numpy.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})    # same file
-                for batch in sorted(part.glob("*.safetensors")):
-                    tensors = read_tensors(batch)[0]
-                    stream.write(tensors["images"].numpy())
-                    labels.append(tensors["labels"].numpy())
-            with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
-                numpy.lib.format.write_array(stream, numpy.concatenate(labels))
-    write_atomically(out, write)
-
-
-def read_images(path, count):
-    """The first `count` images of an .npz, one at a time, without reading the rest."""
-    with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
-        numpy.lib.format.read_magic(stream)
-        shape = numpy.lib.format.read_array_header_1_0(stream)[0]
-        for _ in range(min(count, shape[0])):
-            yield numpy.frombuffer(stream.read(int(numpy.prod(shape[1:]))), numpy.uint8).reshape(shape[1:])
-
-
+# ---- What the flags name -----------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("network", help="a student or a teacher: folder, published .pt or .safetensors file, or Hub path")
-    add("--decoder", default="nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
-        help="likewise, or an AutoencoderRAE folder (default %(default)s: RAE)")
-    add("--stats", help="latent statistics in place of the network's: a latent_stats.safetensors or a published stat.pt")
-    add("--nfe", type=int, help="evaluations of the network for each image (default: student 1, teacher 50; MF-RAE)")
-    add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher's PF-ODE; heun: nfe / 2 steps (default %(default)s)")
-    add("--guidance", type=float, default=1.0, metavar="W", help="a teacher's guidance, v_weak + W (v - v_weak), v_weak without label or "
-        "of --weak-teacher (default %(default)s: none, MF-RAE)")
-    add("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="times t with guidance "
-        "(default: all)")
-    add("--weak-teacher", help="a weaker teacher for --guidance: autoguidance (default: the teacher without label, CFG)")
-    add("--time-shift", type=float, help="a of a teacher's grid (default: the network's)")
-    add("--num-samples", type=int, default=50_000, help="images (default %(default)s: ADM)")
-    add("--labels", default="equal", help="'equal' (image i has class i mod K), 'random', or a list such as 207,360,387 to repeat "
-        "(default %(default)s)")
-    add("--seed", type=int, default=0, help="of noise and random labels (default %(default)s)")
-    add("--batch-size", type=int, default=64, help="images at a time and per process (default %(default)s)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (default %(default)s)")
-    add("--truncate", action="store_true", help="truncate to uint8 as the published code does, instead of rounding")
+    parser = ArgumentParser(__doc__.split("\n\n")[0])
+    add = parser.add_argument_group("networks").add_argument
+    add("network", help="folder, published .pt or .safetensors, Hub path, or a training state")
+    add("--state", type=whole(), metavar="STEP", help="of the training states kept (default: the network)")
+    add("--decoder", default=DECODER, help="likewise, or an AutoencoderRAE folder (RAE)")
+    add("--stats", metavar="FILE", help="latent_stats.safetensors or stat.pt (default: the network's)")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--nfe", type=whole(), help="evaluations for an image (default: student 1, teacher 50; MF-RAE)")
+    add("--solver", choices=("euler", "heun"), help="of a teacher; heun: nfe / 2 steps (default: euler)")
+    add("--time-shift", type=positive, help="a of a teacher's grid (default: the network's)")
+    add("--guidance", type=not_negative, metavar="W",
+        help="of a teacher: v_weak + W (v - v_weak), v_weak without label or of --weak-teacher "
+             "(default: 1, none; MF-RAE)")
+    add("--guidance-interval", type=fraction, nargs=2, metavar="T", help="from t to t (default: all)")
+    add("--weak-teacher", help="for autoguidance (default: the teacher without label, CFG)")
+
+    add = parser.add_argument_group("images").add_argument
+    add("--num-samples", type=whole(), default=50_000, help="images (ADM)")
+    add("--labels", default="equal",
+        help="'equal' (image i has class i mod K), 'random', or a list to repeat, of numbers or names")
+    add("--seed", type=whole(0), default=0, help="of noise and random labels")
+    add("--truncate", action="store_true", help="to uint8 as the published code does, instead of rounding")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=whole(), default=64, help="images at a time and per process")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="torch.compile network and decoder")
-    add("--out", help="the .npz file (default: samples/NETWORK_NFE.npz)")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--out", metavar="NPZ", help="the sample file (default: samples/NETWORK_NFE.npz)")
     add("--grid", metavar="PNG", help="also a picture of the first images, under their class names")
     add("--png", metavar="FOLDER", help="also every image as a PNG file")
-    return parser.parse_args(argv)
+
+    args = parser.parse_args(argv)
+    if args.solver == "heun" and args.nfe and args.nfe % 2:
+        parser.error(f"--nfe {args.nfe} with --solver heun: it must be even, two for each step")
+    if args.grid and not args.grid.endswith(".png"):
+        parser.error(f"--grid {args.grid}: a file name that ends in .png")
+    guides = args.guidance not in (None, 1)
+    parser.settle(
+        args,
+        ("--guidance-interval", guides, [0.0, 1.0], "without --guidance W, W other than 1"),
+        ("--weak-teacher", guides, None, "without --guidance W, W other than 1"))
+    return args
+
+
+def load(source, kind=None, step=None):
+    """model.load_network; of a training state, what its folder's network was at that step."""
+    path, states = Path(source), states_of(source)
+    if step and step not in states:
+        raise InputError(f"{source} keeps no state of step {step}, it has {sorted(states)}")
+    path = states[step] if step else path
+    if not (re.fullmatch(r"state_\d{8,}\.safetensors", path.name) and path.is_file()):
+        return load_network(source, kind)
+    net, config, stats = load_network(path.parent, kind, weights=False)
+    tensors, header = read_tensors(path, check=is_first())
+    # What is not trained has no average.
+    state = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net/")}
+    state |= {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("average/")}
+    load_strictly(net, state)
+    net.digest = digest_of_text(net.digest, header.get("sha256"))
+    return net, config, stats
+
+
+def load_all(args):
+    """-> network, classes, weak teacher or None, decoder, statistics, which fit together; what the kind
+    of network decides is filled in `args`."""
+    net, config, stats = load(args.network, step=args.state)
+    student = config["kind"] == "student"
+    for flag in ("solver", "time_shift", "guidance") if student else ():
+        if getattr(args, flag) is not None:
+            flag = flag.replace("_", "-")
+            raise InputError(f"--{flag} does nothing on a student, it is for a teacher: leave it out")
+    args.nfe = args.nfe or (1 if student else 50)
+    args.solver = args.solver or "euler"
+    args.time_shift = args.time_shift or config["time_shift"]
+    args.guidance = 1.0 if args.guidance is None else args.guidance
+    weak = load(args.weak_teacher, "teacher")[0] if args.weak_teacher else None
+    training = "; or train one: python sanity/train_decoder.py --data-path IMAGES --latents LATENTS"
+    training *= args.decoder == DECODER
+    try:
+        decoder, decoder_stats = load_decoder(args.decoder)
+    except InputError as error:
+        raise InputError(f"{error}{training}") from error
+    if net.shape != decoder.shape:
+        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
+                         f"the --decoder of its encoder and size{training}")
+    stats = load_stats(args.stats, net.shape) if args.stats else stats or decoder_stats
+    if stats is None:
+        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
+    classes = config.get("classes")
+    if not isinstance(classes, list) or len(classes) != net.num_classes:
+        classes = list(range(net.num_classes))
+    return net, classes, weak, decoder, stats
+
+
+def read_labels(text, classes):
+    """--labels as "equal", "random" or a list of class numbers, which may be given by name."""
+    if text in ("equal", "random"):
+        return text
+    number = {str(name): k for k, name in enumerate(classes)}
+    number |= {str(k): k for k in range(len(classes))}
+    names = [text] if text in number else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in number:
+            raise InputError(f"--labels {text}: no class {name!r}; 'equal', 'random', or a list of numbers "
+                             f"below {len(classes)} or of names such as {classes[0]}")
+    return [number[name] for name in names]
+
+
+def introduce(args, net, weak, classes, text):
+    """The first lines of a run: what it is."""
+    kind = "teacher" if net.r_embedder is None else "student"
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    say(f"{args.network}: {kind}, {count:.1f} million parameters, {args.nfe} evaluations an image; {text}")
+    if isinstance(args.labels, list):
+        say("labels: " + ", ".join(f"{k} ({classes[k]})" for k in args.labels))
+    folder = Path(args.network) if Path(args.network).is_dir() else Path(args.network).parent
+    if args.guidance != 1 and not weak and settings_in(folder / "run.json").get("label_dropout") == 0:
+        say(f"warning: {args.network} was trained with --label-dropout 0. Its answer without a label, which "
+            "--guidance needs, was never trained")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    world, rank, device = processes(args.precision)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))                # for barriers alone, which others may reach much later
+    device, rank, world = launch(args.precision, hours=24)
+    net, classes, weak, decoder, stats = load_all(args)
+    args.labels = read_labels(args.labels, classes)
+    v = None if net.r_embedder else guided(net, args.guidance, args.guidance_interval, weak)
 
-    net, config, stats = load_network(args.network)
-    student = config["kind"] == "student"
-    decoder, decoder_stats = load_decoder(args.decoder)
-    stats = load_stats(args.stats, net.shape) if args.stats else stats or decoder_stats
-    nfe = args.nfe or (1 if student else 50)
-    labels = args.labels
-    if labels not in ("equal", "random"):
-        labels = [int(x) if x.strip().isdecimal() else -1 for x in labels.split(",")]
-    if stats is None:
-        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
-    if net.shape != decoder.shape:
-        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: another encoder or size")
-    if nfe < 1 or args.num_samples < 1 or args.batch_size < 1 or (not student and args.solver == "heun" and nfe % 2):
-        raise InputError("--nfe, --num-samples and --batch-size must be at least 1, and --nfe even with --solver heun")
-    if not isinstance(labels, str) and not all(0 <= y < net.num_classes for y in labels):
-        raise InputError(f"--labels {args.labels}: 'equal', 'random', or a list of numbers below {net.num_classes}")
-    if student and args.guidance != 1:
-        raise InputError("--guidance is for a teacher; a student has it from its training (--guidance of train_cmt.py, train_meanflow.py)")
-    weak = load_network(args.weak_teacher, "teacher")[0].to(device).eval() if args.weak_teacher else None
-    net, decoder, stats = net.to(device).eval(), decoder.to(device).eval(), [x.to(device) for x in stats]
-    v = None if student else guided(net, args.guidance, args.guidance_interval, weak)
+    name = re.sub(r"\.(pt|safetensors)$", "", os.path.basename(os.path.abspath(args.network)))
+    name += f"_{args.state}" * bool(args.state) + f"_{args.nfe}"
+    out = Path((args.out or f"samples/{name}").removesuffix(".npz") + ".npz")
+    size = decoder.shape[1] * decoder.patch_size
+    shape = args.num_samples, size, size, 3
+    starts = range(0, args.num_samples, args.batch_size)
+    batches = [range(i, min(i + args.batch_size, args.num_samples)) for i in starts]
+    if is_first():
+        text = f"{args.num_samples:,} images of {size} px, seed {args.seed}, on {world} x {device.type}"
+        introduce(args, net, weak, classes, text)
+        # Contents, not paths: what is moved is the same.
+        others = "state", "compile", "out", "grid", "png"
+        settings = {k: v for k, v in vars(args).items() if k not in others} | {
+            "network": net.digest, "weak_teacher": weak and weak.digest,
+            "decoder": digest_of(decoder.state_dict()),
+            "stats": digest_of({"mean": stats[0], "var": stats[1]})}
+        claim(out, settings, math.prod(shape))
+    barrier()
+
+    net, decoder = net.to(device).eval(), decoder.to(device).eval()
+    weak = weak and weak.to(device).eval()
+    stats = [x.to(device) for x in stats]
     if args.compile:
         net.compile(dynamic=False)
         decoder.compile(dynamic=False)
 
-    out = Path(args.out or f"samples/{Path(args.network).stem}_{nfe}.npz")
-    shift = args.time_shift or config["time_shift"]
-    parts = {"network": net, "decoder": decoder, **({"weak": weak} if weak else {})}
-    weights = {f"{part}/{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
-    settings = {k: v for k, v in vars(args).items() if k not in ("grid", "png", "out", "compile")} | {
-        "nfe": nfe, "time_shift": shift, "weights": digest_of(weights | {"mean": stats[0], "var": stats[1]})}
-    if out.exists() and not (out.with_suffix(".json").exists() and read_json(out.with_suffix(".json"))["settings"] == settings):
-        raise InputError(f"{out} exists, made with other settings or weights: give another --out or remove it")
-
     @torch.inference_mode()
     def make(indices):
-        z, y = noise_and_labels(indices, args.seed, net.shape, net.num_classes, labels)
+        z, y = noise_and_labels(indices, args.seed, net.shape, net.num_classes, args.labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z_0 = generate(net, z.to(device), y.to(device), nfe, args.solver, shift, v)
-            return {"images": to_uint8(decoder(denormalize(z_0, stats)), args.truncate), "labels": y}
+            z_0 = generate(net, z.to(device), y.to(device), args.nfe, args.solver, args.time_shift, v)
+            images = decoder(denormalize(z_0, stats))
+        if not images.isfinite().all():
+            raise InputError(f"images {indices[0]} to {indices[-1]} are not finite: weights or statistics "
+                             "are damaged, or too large for --precision bf16")
+        return {"images": to_uint8(images, args.truncate), "labels": y}
 
+    part = out.with_suffix(".part")
     if not out.exists():
-        batches = [range(i, min(i + args.batch_size, args.num_samples)) for i in range(0, args.num_samples, args.batch_size)]
-        shape = (args.num_samples, *[decoder.shape[1] * decoder.patch_size] * 2, 3)
-        sample_all(out.with_suffix(".part"), settings, batches, make, math.prod(shape), rank, world)
-        if rank == 0:
-            write_json(out.with_suffix(".json"), {"settings": settings, **provenance()})
-            bundle(out.with_suffix(".part"), shape, out)                          # last: the samples are there when all is
-    if rank == 0:
-        shutil.rmtree(out.with_suffix(".part"), ignore_errors=True)
-        for path in out.parent.glob(f".{out.stem}.*.tmp"):                        # of a process that was killed while it wrote
-            path.unlink()
-        print(f"{out}: {args.num_samples} images")
-        classes, y = config.get("classes") or range(net.num_classes), numpy.load(out)["arr_1"]
-        if args.grid:
-            columns = net.num_classes if net.num_classes <= 16 else 8
-            images = list(read_images(out, 8 * columns))
-            draw_grid(args.grid, numpy.stack(images), y[:len(images)], classes, columns)
-        if args.png:
-            from PIL import Image
-            Path(args.png).mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(read_images(out, args.num_samples)):
-                Image.fromarray(image).save(Path(args.png) / f"{i:06d}_{y[i]}.png")
+        sample_all(part, batches, make, rank, world)
+        if is_first():
+            bundle(part, len(batches), shape, out)
+    if is_first():
+        shutil.rmtree(part, ignore_errors=True)
+        say(f"{out}: {args.num_samples:,} images")
+        draw(out, args, classes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,312 @@
+"""sample.py: times, noise, labels, what a sample file is known by, interruptions, mistakes."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from test_training import let_go, run_on
+
+import model
+import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(input_size=4, in_channels=12, num_classes=3, hidden_size=(32, 48), depth=(2, 1), num_heads=(2, 2))
+DECODER = dict(input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
+STATS = torch.zeros(12, 4, 4), torch.ones(12, 4, 4)
+
+
+def shaken(net, seed):
+    """`net` with random numbers added to its weights, so that times and labels change what it says."""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+    return net
+
+
+def save_network(folder, kind, seed=0):
+    torch.manual_seed(seed)
+    net = shaken(model.DiTDH(**SIZES, time_difference=kind == "student"), seed)
+    config = {"kind": kind, "network": SIZES, "time_shift": 3.0, "classes": ["cat", "dog", "2"]}
+    model.save_network(folder, net.state_dict(), config, STATS)
+    return net
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A teacher, a weaker one, a student and a decoder, with random weights."""
+    place = tmp_path_factory.mktemp("sampling")
+    for name, kind, seed in (("teacher", "teacher", 0), ("weak", "teacher", 1), ("student", "student", 2)):
+        save_network(place / name, kind, seed)
+    torch.manual_seed(3)
+    decoder = shaken(model.ViTDecoder(**DECODER), 3)
+    model.save_network(place / "decoder", decoder.state_dict(), {"kind": "decoder", "network": DECODER}, STATS)
+    return place
+
+
+def run(place, network, out, *more, world=1):
+    """Images and labels of a run of sample.py in this process, or in `world` others."""
+    argv = [str(place / network), "--decoder", f"{place}/decoder", "--num-samples", "20", "--out", str(out)]
+    try:
+        argv += map(str, more)
+        run_on(world, sample.main, argv) if world > 1 else sample.main(argv)
+    finally:
+        let_go()
+    with numpy.load(out) as file:
+        return file["arr_0"], file["arr_1"]
+
+
+# ---- what is sampled -----------------------------------------------------------------------------------------
+def test_times_of_sampling(place, monkeypatch):
+    """A student's jumps are even, whatever the shift; a teacher's steps are shifted and end at 0."""
+    forward, seen = model.DiTDH.forward, []
+
+    def watching(self, z, t, y, s=None):
+        seen.append([round(float(x[0]), 6) for x in (t, s) if x is not None])
+        return forward(self, z, t, y, s)
+    monkeypatch.setattr(model.DiTDH, "forward", watching)
+    z, y = torch.randn(2, 12, 4, 4), torch.zeros(2, dtype=torch.long)
+    # Shift 3: 1/2 -> 3/4.
+    for name, nfe, times in (("student", 2, [[1.0, 0.5], [0.5, 0.0]]), ("teacher", 2, [[1.0], [0.75]])):
+        sample.generate(model.load_network(place / name)[0], z, y, nfe, shift=3.0)
+        assert seen == times
+        seen.clear()
+
+
+def test_a_sample_file(place, tmp_path):
+    """Noise and labels follow from the seed and the image's number alone; an interrupted run goes on."""
+    a = tmp_path / "a.npz"
+    images, labels = run(place, "student", a, "--batch-size", 8, "--grid", tmp_path / "grid.png")
+    assert images.shape == (20, 16, 16, 3) and images.dtype == numpy.uint8 and images.flags.c_contiguous
+    assert labels.tolist() == [i % 3 for i in range(20)] and Image.open(tmp_path / "grid.png").size[0] > 100
+    other, _ = run(place, "student", tmp_path / "b.npz", "--batch-size", 5)
+    assert abs(images.astype(int) - other).max() <= 1
+    assert numpy.array_equal(run(place, "student", tmp_path / "two.npz", "--batch-size", 8, world=2)[0], images)
+    assert (tmp_path / "two.npz").read_bytes() == a.read_bytes()
+    heun, _ = run(place, "teacher", tmp_path / "heun.npz", "--nfe", 4, "--solver", "heun")
+    plain, _ = run(place, "teacher", tmp_path / "plain.npz", "--nfe", 4)
+    guided, _ = run(place, "teacher", tmp_path / "guided.npz", "--nfe", 4, "--guidance", 5)
+    assert len({x.tobytes() for x in (heun, plain, guided)}) == 3
+    run(place, "student", a, "--batch-size", 8, "--png", tmp_path / "png")
+    assert len(list((tmp_path / "png").glob("*.png"))) == 20
+    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "png" / "000004_1.png")), images[4])
+
+
+def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch, capsys):
+    images, _ = run(place, "student", tmp_path / "a.npz", "--batch-size", 8)
+    original, calls = sample.to_uint8, []
+
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("interrupted")
+        return original(*a)
+    monkeypatch.setattr(sample, "to_uint8", interrupted)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run(place, "student", tmp_path / "c.npz", "--batch-size", 8)
+    assert not (tmp_path / "c.npz").exists() and (tmp_path / "c.part").exists()
+    (tmp_path / "c.part" / ".000001.safetensors.1.tmp").write_bytes(b"half")
+    (tmp_path / ".c.npz.123.tmp").write_bytes(b"half")
+    (tmp_path / ".important_tmp_backup").write_bytes(b"mine")
+    with pytest.raises(model.InputError, match="c.part holds other work .seed: 0 there, 7 now"):
+        run(place, "student", tmp_path / "c.npz", "--batch-size", 8, "--seed", 7)
+    capsys.readouterr()
+    assert numpy.array_equal(run(place, "student", tmp_path / "c.npz", "--batch-size", 8)[0], images)
+    assert "goes on: 1 of 3 batches are there" in capsys.readouterr().out
+    assert (tmp_path / "c.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.npz", "a.json", ".a.npz.lock", "c.npz", "c.json", ".c.npz.lock", ".important_tmp_backup"}
+
+
+def test_first_lines_say_what_it_is(place, tmp_path, capsys):
+    run(place, "teacher", tmp_path / "a.npz", "--nfe", 2, "--labels", "dog,0,2")
+    first, labels, *_ = (line for line in capsys.readouterr().out.splitlines() if not line.startswith("note"))
+    assert "teacher, 0.1 million parameters, 2 evaluations an image; 20 images of 16 px" in first
+    assert labels == "labels: 1 (dog), 0 (cat), 2 (2)"
+
+
+# ---- what a sample file is known by --------------------------------------------------------------------------
+def test_identity_is_by_content(place, tmp_path):
+    """A network that was moved is the same; one that was trained on, another decoder, other statistics are not."""
+    for name in ("student", "decoder"):
+        shutil.copytree(place / name, tmp_path / name)
+    out = tmp_path / "a.npz"
+    run(place, "student", out)
+    made = out.read_bytes()
+    note = model.read_json(tmp_path / "a.json")["settings"]
+    assert not any(str(place) in str(value) for value in note.values()) and (note["nfe"], note["seed"]) == (1, 0)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "student").rename(moved)
+    run(place, moved, out, "--decoder", tmp_path / "decoder", "--stats", moved)
+    assert out.read_bytes() == made
+    save_network(tmp_path / "on", "student", seed=9)
+    model.save_network(tmp_path / "decoder", shaken(model.ViTDecoder(**DECODER), 4).state_dict(),
+                       {"kind": "decoder", "network": DECODER}, STATS)
+    model.write_tensors(tmp_path / "stats.safetensors", {"mean": STATS[0], "var": 2 * STATS[1]})
+    for what, more in (("network", []), ("decoder", ["--decoder", tmp_path / "decoder"]),
+                       ("stats", ["--stats", tmp_path / "stats.safetensors"]), ("seed", ["--seed", 7])):
+        with pytest.raises(model.InputError, match=rf"a.npz holds other work \({what}: .* there, [^;]* now\)"):
+            run(place, tmp_path / "on" if what == "network" else "student", out, *more)
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(model.InputError, match="a.npz holds other work"):
+        run(place, "student", out)
+
+
+def test_names_with_dots(place, tmp_path, monkeypatch):
+    """w1.0 and w1.5 share no file, given with .npz or without, or by the network's name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("w1.0", "w1.5"):
+        shutil.copytree(place / "student", tmp_path / name)
+        run(place, tmp_path / name, tmp_path / f"{name}.npz")
+        sample.main([name, "--decoder", f"{place}/decoder", "--num-samples", "2", "--out", f"x/{name}"])
+        sample.main([name, "--decoder", f"{place}/decoder", "--num-samples", "2"])
+    let_go()
+    for folder, names in ((tmp_path, ("w1.0", "w1.5")), (tmp_path / "x", ("w1.0", "w1.5")),
+                          (tmp_path / "samples", ("w1.0_1", "w1.5_1"))):
+        files = {path.name for path in folder.iterdir() if path.suffix in (".npz", ".json")}
+        assert files == {f"{name}{suffix}" for name in names for suffix in (".npz", ".json")}
+
+
+def test_two_processes_one_file(place, tmp_path):
+    """The second is told; nothing of the first one's is touched."""
+    lock = tmp_path / ".a.npz.lock"
+    code = ("import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True);"
+            "sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(model.InputError, match="being written by another process"):
+        sample.main([f"{place}/student", "--decoder", f"{place}/decoder", "--num-samples", "2", "--out",
+                     f"{tmp_path}/a.npz"])
+    other.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == [lock.name]
+
+
+# ---- states of a training, guidance --------------------------------------------------------------------------
+def test_a_training_state(place, tmp_path):
+    """The average of a state that training kept: by its step, or by its path; also as the weak teacher."""
+    folder = tmp_path / "run"
+    average = save_network(folder, "student", seed=5).state_dict()
+    fixed = {name for name, p in model.DiTDH(**SIZES, time_difference=True).named_parameters() if not p.requires_grad}
+    fixed |= average.keys() - {name for name, _ in model.DiTDH(**SIZES, time_difference=True).named_parameters()}
+    state = {f"net/{name}": tensor if name in fixed else tensor + 1 for name, tensor in average.items()}
+    state |= {f"average/{name}": tensor for name, tensor in average.items() if name not in fixed}
+    model.write_tensors(folder / "state_00000040.safetensors", state, {"step": "40", "seconds": "1"})
+    wanted, _ = run(place, folder, tmp_path / "wanted.npz")
+    save_network(folder, "student", seed=6)                                       # trained on
+    now, _ = run(place, folder, tmp_path / "now.npz")
+    by_step, _ = run(place, folder, tmp_path / "step.npz", "--state", 40)
+    by_path, _ = run(place, folder / "state_00000040.safetensors", tmp_path / "path.npz")
+    assert numpy.array_equal(by_step, wanted) and numpy.array_equal(by_path, wanted)
+    assert not numpy.array_equal(now, wanted)
+    assert model.read_json(tmp_path / "step.json")["settings"] == model.read_json(tmp_path / "path.json")["settings"]
+    with pytest.raises(model.InputError, match=r"keeps no state of step 50, it has \[40\]"):
+        run(place, folder, tmp_path / "no.npz", "--state", 50)
+    with pytest.raises(model.InputError, match="is a student, a teacher is needed"):
+        run(place, "teacher", tmp_path / "no.npz", "--guidance", 2, "--weak-teacher",
+            folder / "state_00000040.safetensors")
+
+
+def test_guidance_of_a_teacher_without_dropout(place, tmp_path, capsys):
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    for i, (dropout, more, warned) in enumerate(
+            ((0.0, [], True), (0.1, [], False), (0.0, ["--weak-teacher", place / "weak"], False))):
+        model.write_json(tmp_path / "teacher" / "run.json", {"settings": {"label_dropout": dropout}})
+        run(place, tmp_path / "teacher", tmp_path / f"{i}.npz", "--nfe", 2, "--guidance", 2, *more)
+        assert ("--label-dropout 0" in capsys.readouterr().out) == warned
+    run(place, tmp_path / "teacher", tmp_path / "plain.npz", "--nfe", 2)
+    assert "--label-dropout 0" not in capsys.readouterr().out
+
+
+# ---- mistakes: one line, nothing written ---------------------------------------------------------------------
+@pytest.mark.parametrize(("network", "flags", "words"), [
+    ("student", ["--nfe", "0"], "--nfe: '0' is no whole number at least 1"),
+    ("teacher", ["--time-shift", "-1"], "--time-shift: '-1' is no number above 0"),
+    ("student", ["--seed", "9" * 30], "--seed"), ("student", ["--seed", "-1"], "--seed"),
+    ("student", ["--num-samples", "0"], "--num-samples"), ("student", ["--batch-size", "-4"], "--batch-size"),
+    ("teacher", ["--guidance", "nan"], "--guidance"), ("teacher", ["--guidance", "2", "--guidance-interval", "0", "2"],
+                                                       "--guidance-interval"),
+    ("teacher", ["--solver", "heun", "--nfe", "3"], "--nfe 3 with --solver heun"),
+    ("teacher", ["--weak-teacher", "x"], "--weak-teacher does nothing without --guidance W"),
+    ("teacher", ["--guidance", "1", "--guidance-interval", "0", "1"], "--guidance-interval does nothing without"),
+    ("student", ["--grid", "picture"], "--grid picture: a file name that ends in .png")])
+def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
+    with pytest.raises(SystemExit) as end:
+        run(place, network, tmp_path / "no.npz", *flags)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("network", "flags", "words"), [
+    ("student", ["--guidance", "2"], "--guidance does nothing on a student, it is for a teacher: leave it out"),
+    ("student", ["--guidance", "1"], "--guidance does nothing on a student"),
+    ("student", ["--solver", "heun"], "--solver does nothing on a student"),
+    ("student", ["--time-shift", "2"], "--time-shift does nothing on a student"),
+    ("teacher", ["--labels", "1,x"], "--labels 1,x: no class 'x'; .* below 3 or of names such as cat"),
+    ("teacher", ["--labels", "3"], "no class '3'"), ("teacher", ["--labels=-1"], "--labels"),
+    ("decoder", [], "a teacher or a student is needed"),
+    ("teacher", ["--decoder", "none"], "none does not exist$")])
+def test_what_does_not_fit(place, tmp_path, network, flags, words):
+    with pytest.raises(model.InputError, match=words):
+        run(place, network, tmp_path / "no.npz", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_decoder_to_be_had(place, tmp_path, monkeypatch):
+    """The default one is absent or of other latents: how to train one is said."""
+    def offline(source):
+        raise model.InputError(f"{source} is neither here nor could it be had from the Hub (offline)")
+
+    def other(source):
+        return model.ViTDecoder(**{**DECODER, "in_channels": 8}), None
+    for stand_in in (offline, other):
+        monkeypatch.setattr(sample, "load_decoder", stand_in)
+        with pytest.raises(model.InputError, match="or train one: python sanity/train_decoder.py --data-path"):
+            sample.main([f"{place}/student", "--out", f"{tmp_path}/no.npz"])
+    with pytest.raises(model.InputError) as error:
+        sample.main([f"{place}/student", "--decoder", "x/y", "--out", f"{tmp_path}/no.npz"])
+    assert "train one" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_pictures_of_nothing(place, tmp_path):
+    """Weights that are not finite make no images, and stand in nobody's way afterwards."""
+    state = model.read_tensors(place / "student" / "model.safetensors")[0]
+    config = model.read_json(place / "student" / "config.json", digest=False)
+    state["final_layer.linear.bias"][0] = float("nan")
+    model.save_network(tmp_path / "student", state, config, STATS)
+    out = tmp_path / "a.npz"
+    with pytest.raises(model.InputError, match="images 0 to 19 are not finite: weights or statistics are damaged"):
+        run(place, tmp_path / "student", out)
+    assert not out.exists() and not list((tmp_path / "a.part").iterdir())
+    run(place, "student", out)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"settings": 3}', "{", "[" * 100_000])
+def test_hostile_notes(place, tmp_path, text):
+    out = tmp_path / "a.npz"
+    run(place, "student", out)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(model.InputError, match=r"a\.json|holds other work"):
+        run(place, "student", out)
+
+
+def test_a_damaged_sample_file(place, tmp_path):
+    out = tmp_path / "a.npz"
+    run(place, "student", out)
+    out.write_bytes(out.read_bytes()[:5000])
+    with pytest.raises(model.InputError, match="a.npz is damaged .*: remove it and repeat the command"):
+        run(place, "student", out, "--grid", tmp_path / "grid.png")
+
+
+def test_ctrl_c_is_one_line(place, tmp_path):
+    code = ("import sys, sample, model\n"
+            "def stop(*a): raise KeyboardInterrupt\n"
+            "sample.to_uint8 = stop\n"
+            "model.command(sample.main)")
+    argv = [sys.executable, "-c", code, place / "student", "--decoder", place / "decoder", "--num-samples", "4",
+            "--out", tmp_path / "a.npz"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 130 and done.stderr.count("\n") == 1 and "interrupted" in done.stderr
