@@ -1,7 +1,9 @@
 """eval_fid.py: closed forms, independent formulas, brute force, the files it reads, and what it says to wrong ones."""
 import hashlib
+import http.client
 import io
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -14,13 +16,17 @@ import torch
 from PIL import Image, ImageFilter
 from scipy.linalg import sqrtm
 
+import encode_latents
 import eval_fid
+import model
 from eval_fid import Moments, NpzImages, frechet_distance, inception_score, main, precision_recall
 from model import InputError, read_tensors, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "sanity"))
+import random_encoder  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:covariance . is singular")
-ENCODER = "encoder:random:width=48,depth=1,heads=4,patch=4,seed=0"
 
 
 def features(n, d, seed, scale=1.0, shift=0.0):
@@ -200,6 +206,7 @@ def place(tmp_path_factory):
                 for x in (samples, reference))
     np.savez(place / "adm.npz", arr_0=reference, mu=g.mean(0) + 1, sigma=np.cov(g, rowvar=False), mu_s=0, sigma_s=0)
     np.savez(place / "moments.npz", mu=g.mean(0) + 1, sigma=np.cov(g, rowvar=False))
+    random_encoder.main(["--out", f"{place}/encoder", *"--width 48 --depth 1 --heads 4 --patch 4".split()])
     return place, samples, reference, f, g
 
 
@@ -207,8 +214,13 @@ def run(place, *arguments, samples="samples.npz", net="net.pt"):
     """The metrics JSON of a run in this process."""
     out = place / "out.json"
     out.unlink(missing_ok=True)
-    inputs = [str(place / samples)] if samples else []
-    main([*inputs, "--inception", str(place / net), "--out", str(out), *map(str, arguments)])
+    inputs = [str(place / samples), "--out", str(out)] if samples else []
+    network = [] if "--features" in arguments else ["--inception", str(place / net)]
+    try:
+        main([*inputs, *network, *map(str, arguments)])
+    finally:
+        while model.HELD:                         # locks, as the end of the process would give them back
+            model.HELD.pop().close()
     return json.loads(out.read_text()) if out.exists() else None
 
 
@@ -239,10 +251,11 @@ def test_adm_reference_gives_its_moments_to_fid_and_its_images_to_precision(plac
     assert (adm["metrics"]["precision"], adm["metrics"]["recall"]) == brute_force(g, f, 3)
     assert moments["metrics"]["frechet_distance"] == pytest.approx(wanted, rel=1e-6)
     assert "precision" not in moments["metrics"] and any("no precision" in note for note in moments["notes"])
-    other = run(place, "--reference", place / "adm.npz", "--features", ENCODER, "--encoder-size", 32)
+    other = run(place, "--reference", place / "adm.npz", "--features", f"encoder:{place}/encoder", "--encoder-size", 32)
     assert other["features"]["name"].startswith("RANDOM") and "moments" not in other["reference"]
     with pytest.raises(InputError, match="mu, sigma serve --features inception only"):
-        run(place, "--reference", place / "moments.npz", "--features", ENCODER)
+        run(place, "--reference", place / "moments.npz", "--features", f"encoder:{place}/encoder",
+            "--encoder-size", 32)
 
 
 def test_statistics_file_stands_for_its_images(place):
@@ -254,7 +267,7 @@ def test_statistics_file_stands_for_its_images(place):
     assert direct["reference"]["pr_images"] == 100 == len(read_tensors(statistics)[0]["features"])
     assert run(place, "--reference", statistics)["metrics"] == direct["metrics"]
     with pytest.raises(InputError, match="is of other features"):
-        run(place, "--reference", statistics, "--features", ENCODER, "--encoder-size", 32)
+        run(place, "--reference", statistics, "--features", f"encoder:{place}/encoder", "--encoder-size", 32)
 
 
 def test_folder_zip_and_npz_of_the_same_pixels(place, tmp_path):
@@ -349,6 +362,77 @@ def test_inception_file_is_fetched_once(place, tmp_path, monkeypatch, capsys):
         eval_fid.inception(None, None, torch.device("cpu"))
 
 
+class Answer(io.BytesIO):
+    """What a server says: `body`, of which the header promised more where it is broken off."""
+    headers = {"Content-Length": "5000"}
+
+    def __init__(self, body, broken=False):
+        super().__init__(body)
+        self.broken = broken
+
+    def read(self, *size):
+        if self.broken:
+            raise http.client.IncompleteRead(super().read(), 4000)
+        return super().read(*size)
+
+
+@pytest.mark.parametrize("answer", [Answer(b"half", broken=True), Answer(b"<html>Forbidden</html>"), Answer(b"")])
+def test_what_is_no_network_is_not_kept(tmp_path, monkeypatch, answer):
+    """A download that breaks off, and a page answered with status 200: one line, and no file."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(eval_fid.urllib.request, "urlopen", lambda url, timeout: answer)
+    with pytest.raises(InputError, match="cannot fetch https.*: get it elsewhere") as error:
+        eval_fid.inception(None, None, torch.device("cpu"))
+    assert "\n" not in str(error.value) and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_encoder_of_latents(place, tmp_path):
+    """encoder:LATENTS takes encoder, sizes and precision from the description; untrained ones are called RANDOM."""
+    place, samples, *_ = place
+    (tmp_path / "images" / "all").mkdir(parents=True)
+    for i, image in enumerate(samples[:8]):
+        Image.fromarray(image).save(tmp_path / "images" / "all" / f"{i}.png")
+    encode_latents.main(["--data-path", f"{tmp_path}/images", "--out", f"{tmp_path}/latents", "--workers", "0", "--image-size",
+                         "32", "--encoder-size", "64", "--encoder", f"{place}/encoder", "--precision", "bf16"])
+    reference = "--reference", place / "reference.npz", "--pr-images", "0", "--features"
+    of_latents = run(place, *reference, f"encoder:{tmp_path}/latents")
+    about = of_latents["features"]
+    assert (about["encoder_size"], about["untrained"], about["name"]) == (64, True, "RANDOM encoder (untrained)")
+    bf16 = of_latents["metrics"]["frechet_distance"]
+    fp32 = run(place, *reference, f"encoder:{place}/encoder", "--encoder-size", "64")["metrics"]["frechet_distance"]
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.2)
+    with pytest.raises(InputError, match=r"no encoder random:width=48.*random_encoder.py"):
+        run(place, *reference, "encoder:random:width=48,depth=1", "--encoder-size", "32")
+
+
+def test_names_with_dots(place):
+    """w1.0.npz and w1.5.npz share no file; nor do folders of such names."""
+    place, samples, *_ = place
+    for name in ("w1.0", "w1.5"):
+        np.savez(place / f"{name}.npz", arr_0=samples[:20])
+        (place / name).mkdir()
+        for i, image in enumerate(samples[:5]):
+            Image.fromarray(image).save(place / name / f"{i}.png")
+        for path in (f"{name}.npz", name):
+            args = eval_fid.parse_args([str(place / path), "--reference", "x"])
+            assert args.out == f"{place}/{name}.metrics.json"
+    assert eval_fid.parse_args(["a.npz", "--reference", "x"]).out == "a.metrics.json"
+
+
+def test_two_processes_one_result(place):
+    """The second is told, and writes nothing."""
+    place, *_ = place
+    code = ("import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True);"
+            "sys.stdin.read()")
+    argv = [sys.executable, "-c", code, place / ".out.json.lock"]
+    other = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match="being written by another process"):
+        run(place, "--reference", place / "reference.npz")
+    other.communicate()
+    assert not (place / "out.json").exists()
+
+
 def test_dinov2_sees_what_dgm_eval_shows_it(place, tmp_path):
     place, samples, *_ = place
     from transformers import Dinov2Config, Dinov2Model
@@ -395,7 +479,25 @@ def saved(**arrays):
 
 
 IMAGES = np.zeros((8, 32, 32, 3), np.uint8)
+
+
+def header(shape, data=b""):
+    """An .npz whose arr_0 says it has this shape."""
+    def save(path):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", file.getvalue() + data)
+    return save
+
+
 BAD = {
+    "negative.npz": (header((-1, 32, 32, 3)), "arr_0 is uint8"),
+    "both negative.npz": (header((-4, -4, -4, 3), bytes(192)), "arr_0 is uint8"),
+    "overflow.npz": (header((2**62, 4, 4, 3)), "not as long as its header says"),
+    "overflow to 0.npz": (header((2**60, 2**32, 2**32, 3)), "not as long as its header says"),
+    "zero.npz": (header((10**30, 0, 0, 3)), "arr_0 is uint8"),
+    "flat.npz": (header((5,)), "arr_0 is uint8"),
     "cut.npz": (lambda path: (np.savez(path, arr_0=IMAGES), truncated(path)), "is not a readable .npz"),
     "flipped.npz": (lambda path: (np.savez(path, arr_0=draw(20, 0)), flipped(path)), "is damaged .*CRC"),
     "text.npz": (lambda path: path.write_text("hello"), "is not a readable .npz"),
@@ -423,6 +525,12 @@ def test_wrong_samples(place, tmp_path, name):
     assert "\n" not in str(error.value) and name in str(error.value) + name * ("few" in message or "pixels" in message)
 
 
+def statistics(about, **changes):
+    """A file of statistics that has this description."""
+    tensors = {"mean": torch.zeros(24), "covariance": torch.eye(24), "features": torch.ones(9, 24)} | changes
+    return lambda path: write_tensors(path, tensors, {"about": about})
+
+
 @pytest.mark.parametrize(("name", "make", "message"), [
     ("mu.npz", saved(mu=np.zeros(5), sigma=np.eye(5)), "is of other features"),
     ("sigma.npz", saved(mu=np.zeros(24)), "is not a readable .npz"),
@@ -430,6 +538,13 @@ def test_wrong_samples(place, tmp_path, name):
     ("pickled.npz", saved(mu=np.array([{}], dtype=object), sigma=np.eye(2)), "allow_pickle=False"),
     ("cut.npz", lambda path: (np.savez(path, mu=np.zeros(24), sigma=np.eye(24)), truncated(path)), "is not a readable"),
     ("other.safetensors", lambda path: write_tensors(path, {"x": torch.zeros(1)}), "has no statistics"),
+    *((f"{i}.safetensors", statistics(about), "has no statistics") for i, about in enumerate(
+        ("[]", "3", "null", "{}", "{", "[" * 100_000, '{"features": []}', '{"features": {}}',
+         '{"features": {"width": 24}, "count": "many"}'))),
+    ("square.safetensors", statistics('{"features": {"width": 24}}', covariance=torch.eye(3)), "has no statistics"),
+    ("wide.safetensors", statistics('{"features": {"width": 24}}', features=torch.ones(9, 3)), "has no statistics"),
+    ("scalar.npz", saved(mu=np.zeros(()), sigma=np.eye(5)), "is not a readable .npz"),
+    ("names.npz", saved(mu=np.array(["a"]), sigma=np.eye(1)), "is not a readable .npz"),
     ("text.safetensors", lambda path: path.write_text("hello"), "cannot read"),
     ("text.zip", lambda path: path.write_text("hello"), "no whole .zip")])
 def test_wrong_reference(place, tmp_path, name, make, message):
@@ -452,13 +567,26 @@ def test_wrong_network(place, tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
-def test_wrong_arguments(place):
-    with pytest.raises(InputError, match="no samples"):
-        run(place[0], "--reference", place[0] / "reference.npz", samples=None)
-    for flags in ("--micro-batch", "0"), ("--pr-images", "3"), ("--pr-images", "-1"):
-        with pytest.raises(InputError, match="--micro-batch must be 1 or more, --pr-images 0 or more than 3"):
-            run(place[0], "--reference", place[0] / "reference.npz", *flags)
-    with pytest.raises(InputError, match="incepton: not inception, dinov2 or encoder:SPEC.*neither a folder nor"):
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--micro-batch", "0"], "--micro-batch: '0' is no whole number at least 1"),
+    (["--pr-images", "3"], "--pr-images 3: 0, or more than 3"), (["--pr-images", "-1"], "--pr-images"),
+    (["--image-size", "0"], "--image-size"), (["--encoder-size", "-1"], "--encoder-size"),
+    (["--image-size", "32"], "--image-size does nothing for a reference of one size"),
+    (["--encoder-size", "32"], "--encoder-size does nothing without --features encoder:ENCODER"),
+    (["--features", "dinov2", "--inception", "x"], "--inception does nothing without --features inception"),
+    (["--features", "encoder:somewhere"], "somewhere has no latents.json.*give its --encoder-size PX too")])
+def test_wrong_arguments(place, capsys, flags, words):
+    with pytest.raises(SystemExit) as end:
+        main([f"{place[0]}/samples.npz", "--reference", f"{place[0]}/reference.npz", *flags])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(words, error) and error.count("\n") == 1
+
+
+def test_more_wrong_arguments(place, capsys):
+    with pytest.raises(SystemExit):
+        main(["--reference", f"{place[0]}/reference.npz"])
+    assert "no samples: give an .npz" in capsys.readouterr().err
+    with pytest.raises(InputError, match="incepton: not inception, dinov2 or encoder:.*neither a folder nor"):
         run(place[0], "--reference", place[0] / "reference.npz", "--features", "incepton")
 
 
