@@ -264,10 +264,10 @@ def main(argv=None):
     # The teacher, whose trajectories are the data, and the student
     student, config, stats, teacher, weak = load_inputs(args)
     config["time_shift"] = args.time_shift or config["time_shift"]
-    run = begin_run(out, args, parse_args([]), stats, teacher=teacher, weak_teacher=weak)
     teacher.to(device).requires_grad_(False)
     weak = weak and weak.to(device).requires_grad_(False)
     v = guided(teacher, args.guidance, args.guidance_interval, weak)
+    run = begin_run(out, args, parse_args([]), stats, teacher=teacher, weak_teacher=weak)
 
     # The student, the average of its weights, which is what is saved to sample from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations

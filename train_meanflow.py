@@ -308,16 +308,16 @@ def main(argv=None):
     data = TrainingData(args.latents, args.data_path, args.synthetic)
     student, config, stats, teacher, weak = load_inputs(args, data)
     config["time_shift"] = args.time_shift or config["time_shift"]
-    run = begin_run(out, args, parse_args([]), stats, latents=data,
-                    teacher=teacher, weak_teacher=weak)
-    stats = [x.to(device) for x in stats]
     v = None
     if teacher:
         teacher.to(device).requires_grad_(False)
         weak = weak and weak.to(device).requires_grad_(False)
         v = guided(teacher, args.guidance, args.guidance_interval, weak)
-    elif is_first() and not args.synthetic:
+    elif not args.synthetic and is_first():
         say(f"--eta 0: the teacher {args.teacher} is not used")
+    run = begin_run(out, args, parse_args([]), stats, latents=data, teacher=teacher, weak_teacher=weak)
+    # Here once, not in every step.
+    stats = [x.to(device) for x in stats]
 
     # The student, the average of its weights, which is what is saved to sample from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations

@@ -6,9 +6,12 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy
-import pytest
-import torch
+# Threads that wait by spinning take the core from each other on a busy machine: a test of a second takes ten.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -63,7 +66,8 @@ def fill(net, prefix):
 @pytest.fixture(autouse=True)
 def signals():
     """A stage that ran in a test must not go on catching what is meant to end the tests."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)]
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [(number, signal.getsignal(number)) for number in caught]
     yield
     for number, handler in before:
         signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The training stages as programs: splitting and resuming change nothing, the student starts as the teacher, mistakes are one line."""
 import functools
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import sample
 import train_cmt
 import train_meanflow
 import train_teacher
+from sanity import random_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"teacher": train_teacher, "cmt": train_cmt, "meanflow": train_meanflow}
@@ -35,13 +37,20 @@ def random_images(folder, classes=3, each=12):
             Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=numpy.uint8)).save(folder / f"class{k}" / f"{i:03d}.png")
 
 
+def encode(home):
+    """Latents of the images in a folder, by a random encoder."""
+    random_encoder.main(["--out", f"{home}/encoder", *"--width 12 --depth 1 --heads 2 --patch 4".split()])
+    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--encoder", f"{home}/encoder",
+                         *"--image-size 16 --encoder-size 16 --workers 0".split()])
+    let_go()
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """Images, latents, a teacher and a CMT student, each made by its own script."""
     home = tmp_path_factory.mktemp("home")
     random_images(home / "images")
-    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--image-size", "16", "--encoder-size", "16",
-                         "--workers", "0", "--encoder", "random:width=12,depth=1,heads=2,patch=4,seed=0"])
+    encode(home)
     train(home, "teacher", f"{home}/teacher", "--steps", "8")
     train(home, "cmt", f"{home}/cmt")
     return home
@@ -426,7 +435,21 @@ def complain(script, *argv, status=2):
     return last
 
 
-def test_mistakes(home, tmp_path):
+def refused(script, argv, capsys):
+    """What a script's main says to these arguments before it ends, here and not in another process."""
+    try:
+        importlib.import_module(Path(script).stem).main([str(x) for x in argv])
+    except model.InputError as error:
+        return str(error)
+    except SystemExit as end:
+        assert end.code == 2
+        return capsys.readouterr().err
+    finally:
+        let_go()
+    raise AssertionError(f"{script} {argv} was taken")
+
+
+def test_mistakes(home, tmp_path, capsys):
     new = tmp_path / "new"
     expected = [
         ("train_teacher.py", ["--latents", tmp_path / "none", "--out", new], "encode_latents.py"),
@@ -448,6 +471,8 @@ def test_mistakes(home, tmp_path):
         ("sample.py", [home / "latents"], "config.json"),
     ]
     for script, argv, words in expected:
+        assert words in refused(script, argv, capsys)
+    for script, argv, words in (expected[0], expected[8]):                        # an InputError, a flag
         assert words in complain(script, *argv)
     assert not new.exists()
 
