@@ -1,11 +1,12 @@
-"""Metrics of generated images against real ones: Frechet distance (FID), Inception Score, precision and recall.
+"""Metrics of generated images: Frechet distance (FID), Inception Score, precision and recall.
 
-    d^2 = |m_1 - m_2|^2 + tr C_1 + tr C_2 - 2 tr (C_1^1/2 C_2 C_1^1/2)^1/2      of Gaussians fitted to features
+    d^2 = |m_1 - m_2|^2 + tr C_1 + tr C_2 - 2 tr (C_1^1/2 C_2 C_1^1/2)^1/2
+    of Gaussians fitted to features of the samples and of a reference
 
     python eval_fid.py samples/meanflow_1.npz --reference VIRTUAL_imagenet256_labeled.npz   # as the ADM suite
     python eval_fid.py samples/meanflow_1.npz --reference data/val --features dinov2        # FD-DINOv2
     torchrun --nproc_per_node=8 eval_fid.py samples/meanflow_1.npz --reference ...          # on eight GPUs
-    python eval_fid.py --reference data/val --save-statistics val.safetensors               # a reference for later
+    python eval_fid.py --reference data/val --save-statistics val.safetensors    # a reference for later
 
 Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 1904.06991 (precision, recall), 2306.04675 (FD-DINOv2).
 What each number is, and whose numbers it may stand beside: docs/EVALUATION.md.
@@ -37,16 +38,17 @@ from model import (
     number, provenance, read_tensors, say, whole, write_atomically, write_json, write_tensors)
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INTERFACE = "the interface of inception-2015-12-05.pt"
 # Neighbours of precision and recall (ADM).
 K = 3
 
 
 # ---- Metrics of feature arrays -----------------------------------------------
 class Moments:
-    """Count, mean (D,) and unbiased covariance (D, D) of features seen in parts, in float64 on the features' device.
+    """Count, mean (D,) and unbiased covariance (D, D) of features seen in parts, in float64.
 
-    `update` takes features (B, D), `merge` the Moments of another process. The sums S of outer products about the mean
-    join as S_a + S_b + (m_b - m_a)(m_b - m_a)^T n_a n_b / n (Chan et al. 1979), in which nothing cancels."""
+    `update` takes features (B, D), `merge` the Moments of another process. The sums S of outer products about
+    the mean join as S_a + S_b + (m_b - m_a)(m_b - m_a)^T n_a n_b / n (Chan et al. 1979): nothing cancels."""
     def __init__(self):
         self.count = 0
 
@@ -56,7 +58,9 @@ class Moments:
         return self._join(len(features), mean, lambda scatter: scatter.addmm_(centred.T, centred))
 
     def merge(self, other):
-        return self._join(other.count, other.mean, lambda scatter: scatter.add_(other.scatter)) if other.count else self
+        if not other.count:
+            return self
+        return self._join(other.count, other.mean, lambda scatter: scatter.add_(other.scatter))
 
     def _join(self, count, mean, add_to):
         if not self.count:
@@ -82,18 +86,20 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     InputError: shapes disagree, a value is not finite, or a `cov` is no covariance."""
     moments = [torch.as_tensor(x).double() for x in (mean_1, cov_1, mean_2, cov_2)]
     mean_1, cov_1, mean_2, cov_2 = moments
-    if mean_1.dim() != 1 or mean_2.shape != mean_1.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
+    square = cov_1.shape == cov_2.shape == 2 * mean_1.shape
+    if mean_1.dim() != 1 or mean_2.shape != mean_1.shape or not square:
         raise InputError(f"moments of shapes {[tuple(x.shape) for x in moments]} do not fit: "
                          "use one kind of features")
     if not all(x.isfinite().all() for x in moments):
-        raise InputError("a mean or covariance is not finite: it is of fewer than 2 images, or its file is damaged")
+        raise InputError("a mean or covariance is not finite: of fewer than 2 images, or its file is damaged")
     roots = []
     for place, cov in enumerate((cov_1, cov_2), 1):
         values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
         largest = values.abs().max()
         # Files in float32 are off by 1e-6.
         if values[0] < -1e-4 * largest or (cov - cov.T).abs().max() > 1e-4 * largest:
-            raise InputError(f"covariance {place} is not symmetric with eigenvalues >= 0: get an undamaged file")
+            raise InputError(f"covariance {place} is not symmetric with eigenvalues >= 0: "
+                             "get an undamaged file")
         kept = values > largest * len(values) * torch.finfo(torch.float64).eps
         if not kept.all():
             warnings.warn(f"covariance {place} is singular: rank {kept.sum()} of {len(values)}", stacklevel=2)
@@ -112,7 +118,8 @@ def precision_recall(real, fake, k=K, block=2048):
     `fake`. Float64, on the features' device, `block` x `block` distances at a time.
     InputError: a set has no k + 1 points."""
     if min(len(real), len(fake)) <= k:
-        raise InputError(f"precision and recall need at least {k + 1} images a side, here {len(real)} and {len(fake)}")
+        raise InputError(f"precision and recall need at least {k + 1} images a side, "
+                         f"here {len(real)} and {len(fake)}")
     # Where |a|^2 + |b|^2 - 2 a b cancels least.
     centre = real.double().mean(0)
 
@@ -161,7 +168,7 @@ def inception_score(probabilities, split_size=5000):
 # ---- Images: len(), image_size, __getitems__(consecutive) -> uint8 (B, 3, S, S), labels
 @contextmanager
 def complaint(what, hint):
-    """What reading a damaged or foreign file may end in becomes an InputError: `what` (the reason): `hint`."""
+    """What a damaged or foreign file may end in becomes an InputError: `what` (the reason): `hint`."""
     try:
         yield
     except (OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError,
@@ -186,8 +193,9 @@ class NpzImages:
             packed = Path(path).stat().st_size
         square = len(self.shape) == 4 and self.shape[1:] == (self.shape[1], self.shape[1], 3)
         if dtype != np.uint8 or fortran or not square or min(self.shape[:2]) < 0 or not self.row:
-            raise InputError(f"{path}: arr_0 is {dtype} {self.shape}{' in Fortran order' * fortran}, and must be "
-                             "uint8 (N, S, S, 3) in C order: write it as sample.py does")
+            raise InputError(
+                f"{path}: arr_0 is {dtype} {self.shape}{' in Fortran order' * fortran}, and must be uint8 "
+                "(N, S, S, 3) in C order: write it as sample.py does")
         # Nothing packs a thousand bytes into less than one.
         if length != self.start + self.shape[0] * self.row or length > 1100 * packed:
             raise InputError(f"{path}: arr_0 is not as long as its header says: make or download it again")
@@ -200,13 +208,15 @@ class NpzImages:
         with complaint(f"{self.path} is damaged", "make or download it again"):
             self.member.seek(self.start + indices[0] * self.row)
             data = np.frombuffer(self.member.read(len(indices) * self.row), np.uint8)
-            return torch.from_numpy(data.reshape(len(indices), *self.shape[1:]).transpose(0, 3, 1, 2).copy()), None
+            images = data.reshape(len(indices), *self.shape[1:]).transpose(0, 3, 1, 2)
+            return torch.from_numpy(images.copy()), None
 
 
 def open_images(path, size):
-    """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does (None: all have one size)."""
+    """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does (None: all have one)."""
     if not Path(path).exists():
-        raise InputError(f"{path} does not exist: give an .npz, a folder or a .zip (python sample.py makes samples)")
+        raise InputError(f"{path} does not exist: give an .npz, a folder or a .zip "
+                         "(python sample.py makes samples)")
     if Path(path).suffix == ".npz":
         return NpzImages(path)
     from encode_latents import Images
@@ -216,8 +226,9 @@ def open_images(path, size):
         with complaint(f"{path} holds a file that is no image", "replace or remove it"):
             sizes = {Image.open(images.open(name)).size for name in images.paths}
         if len(sizes) > 1 or len(set(min(sizes))) > 1:
-            raise InputError(f"{path} has images of {min(sizes)} to {max(sizes)} pixels: samples must be square "
-                             "and of one size, and a reference is brought to one by --image-size")
+            raise InputError(
+                f"{path} has images of {min(sizes)} to {max(sizes)} pixels: samples must be square and of "
+                "one size, and a reference is brought to one by --image-size")
         images.image_size = min(sizes)[0]
     return images
 
@@ -237,7 +248,7 @@ def inception(path, digest, device):
     sha256 = file_digest(path)
     if digest and digest.lower() != sha256:
         raise InputError(f"{path} has sha256 {sha256}, which is not --digest: get the file you mean")
-    with complaint(f"{path} is no TorchScript file", "give one with the interface of inception-2015-12-05.pt"):
+    with complaint(f"{path} is no TorchScript file", f"give one with {INTERFACE}"):
         net = torch.jit.load(path, map_location=device).eval()
     about = {"name": "Inception (TorchScript)", "file": str(path), "sha256": sha256}
     return (about, lambda images: net(images, return_features=True),
@@ -255,7 +266,7 @@ def fetch(url, path):
 
 
 def dinov2(source, device):
-    """CLS token after the last LayerNorm of a DINOv2, at 224 px by Pillow's bicubic, as dgm-eval (2306.04675)."""
+    """CLS token after a DINOv2's last LayerNorm, at 224 px by Pillow's bicubic: dgm-eval's (2306.04675)."""
     from PIL import Image
     from transformers import AutoConfig, AutoModel
     with complaint(f"--features {source}: not inception, dinov2 or encoder:..., and no DINOv2 by this name",
@@ -303,7 +314,7 @@ def load_features(args, size, device):
         about, features, probabilities = dinov2(source, device)
     blank = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
     with torch.no_grad(), complaint(f"{about['name']} does not answer as it should",
-                                    "a TorchScript file needs the interface of inception-2015-12-05.pt"):
+                                    f"a TorchScript file needs {INTERFACE}"):
         f, p = features(blank), probabilities(blank) if probabilities else torch.ones(2, 1)
         two_rows = f.dim() == p.dim() == 2 and len(f) == len(p) == 2
         if not two_rows or ((p.sum(1) - 1).abs() > 1e-3).any():
@@ -311,7 +322,8 @@ def load_features(args, size, device):
     return {**about, "width": f.shape[1]}, features, probabilities
 
 
-# ---- From images or files to statistics: mean, covariance, features, probabilities, and `about`, what of -----
+# ---- From images or files to statistics: mean, covariance, features, probabilities;
+# about: what they are of
 def file_digest(path):
     digest = hashlib.sha256()
     with complaint(f"cannot read {path}", "check the path"), open(path, "rb") as file:
@@ -321,9 +333,10 @@ def file_digest(path):
 
 
 def measure(images, network, kept, micro_batch, device, rank=0, world=1):
-    """Moments of all images' features, features of `kept` of them evenly spread, probabilities if there are any.
+    """Moments of all images' features, features of `kept` of them evenly spread, probabilities if any.
 
-    Each process takes consecutive images, for the Inception Score's splits go by order. None beside rank 0."""
+    Each process takes consecutive images, as the Inception Score's splits go by order.
+    Returns None beside rank 0."""
     from tqdm import tqdm
     (_, embed, classify), count = network, len(images)
     start, stop = rank * count // world, (rank + 1) * count // world
@@ -342,7 +355,8 @@ def measure(images, network, kept, micro_batch, device, rank=0, world=1):
             if classify:
                 probabilities.append(classify(batch).float().cpu())
         if not f.isfinite().all():
-            raise InputError(f"features of images {i} to {rows[-1]} are not finite: the network's file is damaged")
+            raise InputError(f"features of images {i} to {rows[-1]} are not finite: "
+                             "the network's file is damaged")
         moments.update(f)
         features.append(f.cpu()[keep[rows.start:rows.stop]])
     # More processes than images: nothing here.
@@ -368,7 +382,8 @@ def measure(images, network, kept, micro_batch, device, rank=0, world=1):
 def open_statistics(path):
     """The statistics that --save-statistics keeps."""
     tensors, metadata = read_tensors(path)
-    with complaint(f"{path} has no statistics", "eval_fid.py --reference IMAGES --save-statistics makes them"):
+    hint = "eval_fid.py --reference IMAGES --save-statistics FILE makes them"
+    with complaint(f"{path} has no statistics", hint):
         about = json.loads(metadata["about"])
         stored = SimpleNamespace(**{name: tensors[name] for name in STATISTICS}, about=about)
         width, = stored.mean.shape
@@ -409,8 +424,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("images").add_argument
     add("samples", nargs="?", help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images of one size")
     add("--reference", required=True,
-        help=".npz of images or of ADM's mu and sigma, a folder or .zip of images, or a --save-statistics file")
-    add("--image-size", type=whole(), metavar="PX", help="of a reference folder's images (default: the samples')")
+        help=".npz of images or of ADM's mu and sigma, folder or .zip of images, or --save-statistics file")
+    add("--image-size", type=whole(), metavar="PX", help="of a reference folder (default: the samples')")
     add("--pr-images", type=number(int, 0), default=10_000, metavar="N",
         help="images of the reference, evenly spread, for precision and recall, at most (ADM); 0: neither")
 
@@ -420,7 +435,7 @@ def parse_args(argv=None):
              "encoder:LATENTS, the encoder that made these; or encoder: and its folder or Hub id")
     add("--inception", metavar="PATH", help=f"TorchScript file (default: {INCEPTION_URL}, fetched once)")
     add("--digest", metavar="SHA256", help="what that file must have (default: any; it is printed)")
-    add("--encoder-size", type=whole(), metavar="PX", help="at which an encoder's folder or Hub id sees images")
+    add("--encoder-size", type=whole(), metavar="PX", help="side at which an encoder sees images")
     add("--micro-batch", type=whole(), default=64, help="images per device and forward pass (ADM)")
 
     add = parser.add_argument_group("files").add_argument
@@ -429,19 +444,20 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     if not args.samples and not args.save_statistics:
-        parser.error("no samples: give an .npz or a folder of them (python sample.py), or --save-statistics FILE")
+        parser.error("no samples: give an .npz or a folder of them, or --save-statistics FILE")
     if 0 < args.pr_images <= K:
         parser.error(f"--pr-images {args.pr_images}: 0, or more than {K}")
     kind, _, source = args.features.partition(":")
+    one_size = args.reference.endswith((".npz", ".safetensors"))
     sized = kind == "encoder" and not Path(source, "latents.json").exists()
     if sized and not args.encoder_size:
-        parser.error(f"{source} has no latents.json, so that it is an encoder: give its --encoder-size PX too")
+        parser.error(f"{source} has no latents.json, so it is an encoder: give its --encoder-size PX too")
     parser.settle(
         args,
         ("--inception", kind == "inception", None, "without --features inception"),
         ("--digest", kind == "inception", None, "without --features inception"),
         ("--encoder-size", sized, None, "without --features encoder:ENCODER (latents know their own)"),
-        ("--image-size", not args.reference.endswith((".npz", ".safetensors")), None, "for a reference of one size"),
+        ("--image-size", not one_size, None, "for a reference of one size"),
         ("--out", args.samples, None, "without samples"))
     if args.samples and not args.out:
         args.out = re.sub(r"\.(npz|zip)$", "", str(Path(args.samples))) + ".metrics.json"
@@ -453,10 +469,11 @@ def common_size(sources, stored):
     sizes = {images.image_size for images in sources} | {stored.about.get("image_size") if stored else None}
     sizes.discard(None)
     if len(sizes) > 1:
-        raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one size "
-                         "(a reference folder is brought to --image-size)")
-    if min(map(len, sources), default=K + 1) <= K:
-        raise InputError(f"{min(map(len, sources))} images are too few: give {K + 1} at least, to publish it 50,000")
+        raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one "
+                         "size (a reference folder is brought to --image-size)")
+    fewest = min(map(len, sources), default=K + 1)
+    if fewest <= K:
+        raise InputError(f"{fewest} images are too few: give {K + 1} at least, to publish it 50,000")
     return sizes.pop() if sizes else 256
 
 
@@ -511,16 +528,17 @@ def main(argv=None):
     samples = open_images(args.samples, None) if args.samples else None
     real, moments, stored = open_reference(args, samples)
     sources = [images for images in (samples, real) if images is not None]
-    network = load_features(args, common_size(sources, stored), device)
+    size = common_size(sources, stored)
+    network = load_features(args, size, device)
     about = network[0]
     used = stored.about["features"] if stored else {"width": len(moments[0])} if moments else {}
     # Wherever it lies.
     if any(used[key] != about.get(key) for key in used.keys() - {"file", "source", "id"}):
-        raise InputError(f"{args.reference} is of other features, {used}, than {about}: make or get one of these")
+        raise InputError(f"{args.reference} is of other features, {used}, than {about}: "
+                         "make or get one of these")
     if is_first():
         counts = " and ".join(f"{len(images):,}" for images in sources)
-        say(f"{about['name']}, features of {counts} images of {sources[0].image_size} px on {world} x {device.type}"
-            if sources else about["name"])
+        say(f"{about['name']}: features of {counts} images of {size} px, on {world} x {device.type}")
         for path in filter(None, (args.out, args.save_statistics)):
             hold(Path(path).with_name(f".{Path(path).name}.lock"), Path(path).name)
     barrier()
