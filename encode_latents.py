@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from model import (
     IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, digest_of_text, find,
@@ -54,7 +53,7 @@ MAX_PIXELS = int(os.environ.get("MFRAE_MAX_PIXELS", 2 ** 28))
 Image.MAX_IMAGE_PIXELS = None
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
          7: "TRANSVERSE", 8: "ROTATE_90"}         # what an EXIF orientation asks for
 
@@ -97,7 +96,7 @@ def bare_png(data):
 
 
 def open_rgb(file):
-    """An image as a viewer shows it, in RGB: upright, first frame, 16 bits scaled to 8, transparency on white."""
+    """An image as a viewer shows it, in RGB: upright, first frame, 16 bits as 8, transparency on white."""
     try:
         image = read_upright(file)
     except Exception:
@@ -133,7 +132,7 @@ def adm_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size]
 
 
-# ---- Folders and archives: one walk for all ------------------------------------------------------------------
+# ---- Folders and archives: one walk for all ----------------------------------------------------------------
 SYSTEM_FOLDERS = ("@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information",
                   "__macosx")
 SPLITS = ("train", "val", "valid", "validation", "test", "held-out")
@@ -153,23 +152,24 @@ def is_image(name):
 
 
 def list_folder(path, left_out):
-    """Names of the regular files under a folder, and of its folders, which end in "/". Others are counted in
-    `left_out`. A link is followed where it leads out of the folder. InputError: a folder that cannot be read,
-    or that is in two classes."""
+    """Names of the regular files under a folder, and of its folders, which end in "/"; the rest is counted in
+    `left_out`. Links are followed where they lead out of it. InputError: a folder that cannot be read, or
+    that is in two classes."""
     def within(a, b):
         return f"{a}/".startswith(f"{b}/".replace("//", "/"))
 
-    root = os.path.realpath(path)
+    root, where = os.path.realpath(path), printable(path)
     found, known, waiting = [], {}, [""]
     while waiting:
         inside = waiting.pop()
         try:
             entries = sorted(os.scandir(Path(path, inside)), key=lambda entry: entry.name)
         except OSError as error:
-            raise InputError(f"cannot read the folder {printable(Path(path, inside))} ({error.strerror}): let "
+            raise InputError(f"cannot read the folder {where}/{printable(inside)} ({error.strerror}): let "
                              "this user read it, or move it away") from error
         for entry in entries:
-            name, target = inside + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else None
+            name = inside + entry.name
+            target = os.path.realpath(entry.path) if entry.is_symlink() else None
             if is_hidden(entry.name):
                 left_out["hidden or of the system"] += 1
             elif target and not os.path.exists(target):
@@ -189,20 +189,20 @@ def list_folder(path, left_out):
                 elif first.split("/")[0] == name.split("/")[0]:
                     left_out["links to what is here anyway"] += 1
                 else:
-                    raise InputError(f"{printable(path)}: {printable(first)} and {printable(name)} are one folder, "
-                                     "which cannot be in two classes: remove one of the links")
+                    raise InputError(f"{where}: {printable(first)} and {printable(name)} are one folder, "
+                                     "which cannot be in two classes: remove a link")
     return found
 
 
 def list_archive(path, archive, left_out):
-    """The same of a .zip: {name: the entry's own}. InputError: names that lead out of it, or are of two kinds."""
+    """The same of a .zip: {name: the entry's own}. InputError: names that lead out, or are of two kinds."""
     found, entries = {}, archive.infolist()
     slashes = any("/" in entry.filename for entry in entries)
     for entry in entries:
         # Windows' tools may write backslashes.
         name = entry.filename if slashes else entry.filename.replace("\\", "/")
-        parts = name.removeprefix("./").split("/")
-        name, wrong = "/".join(parts), None
+        name = name.removeprefix("./")
+        parts, wrong = name.split("/"), None
         if "\\" in name:
             wrong = "has a backslash, and others have slashes"
         elif parts[0] == "" or parts[0].endswith(":") or ".." in parts:
@@ -221,24 +221,24 @@ def list_archive(path, archive, left_out):
 
 
 def check_layout(path, found, images):
-    """The names of the class folders, none where all images lie side by side; InputError for anything else."""
+    """The names of the class folders, none where all images lie side by side. InputError: anything else."""
     where, folders = printable(path), sorted({name.split("/")[0] for name in found if "/" in name})
     if folders and all(name.lower() in SPLITS for name in folders):
         meant = {name.split("/")[0].lower(): name.split("/")[0] for name in found if name.count("/") > 1}
         if meant:
             meant = next(meant[name] for name in SPLITS if name in meant)
-            raise InputError(f"{where} holds {' and '.join(folders)}, which are no classes: give {where}/{meant} "
-                             "(of a .zip: one of that folder alone)")
+            raise InputError(f"{where} holds {' and '.join(folders)}, which are no classes: give "
+                             f"{where}/{meant}, or a .zip of it")
     if not images:
         raise InputError(f"{where} holds no images ({' '.join(SUFFIXES)})")
     empty = sorted(set(folders) - {name.split("/")[0] for name in images})
     if empty:
-        raise InputError(f"{where}: class folder {printable(empty[0])} holds no images: fill or remove it "
-                         f"({len(empty)} such)")
+        raise InputError(f"{where}: class folder {printable(empty[0])} holds no images: fill or remove it ("
+                         f"{len(empty)} such)")
     beside = [name for name in images if "/" not in name]
     if beside and folders:
-        raise InputError(f"{where}: {printable(beside[0])} lies beside the class folders: move it into one, or "
-                         f"away ({len(beside)} such)")
+        raise InputError(f"{where}: {printable(beside[0])} lies beside the class folders: move it into one, "
+                         f"or away ({len(beside)} such)")
     return folders
 
 
@@ -253,24 +253,24 @@ class Images:
     """The images of a folder of class folders (nested at will), or of a .zip of one, which is read in place.
 
     Class ids follow the sorted folder names (for ImageNet's wnids: the published ids); a folder without class
-    folders is one class. Attributes: `classes` (names), `paths` (relative, sorted by class, then name), `labels`
-    (N,) int64, `digest` (of classes and paths). An index >= N is the horizontally flipped copy of index - N. What
-    is left out is counted and said. InputError: no images, a class without any, unreadable."""
+    folders is one class. Attributes: `classes` (names), `paths` (relative, sorted by class, then name),
+    `labels` (N,) int64, `digest` (of classes and paths). An index >= N is the horizontally flipped copy of
+    index - N. What is left out is counted and said. InputError: no images, an empty class, unreadable."""
 
     def __init__(self, path, image_size):
         self.path, self.image_size, self.zip, self.pid = Path(path), image_size, None, None
         where, left_out, alone = printable(path), Counter(), self.path.resolve().name
         if not self.path.exists():
-            raise InputError(f"{where} does not exist: --data-path takes a folder of class folders of images, or "
-                             "a .zip of one")
+            raise InputError(f"{where} does not exist: --data-path takes a folder of class folders of "
+                             "images, or a .zip of one")
         if self.path.is_dir():
             found = {name: name for name in list_folder(self.path, left_out)}
         else:
             try:
                 self.zip, self.pid = zipfile.ZipFile(self.path), os.getpid()
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-                raise InputError(f"{where} is no whole .zip ({error}): give a folder of class folders, or a .zip "
-                                 "of one") from error
+                raise InputError(f"{where} is no whole .zip ({error}): give a folder of class folders, or a "
+                                 ".zip of one") from error
             found, alone = list_archive(self.path, self.zip, left_out), self.path.stem
             tops = {name.split("/")[0] for name in found}
             if len(tops) == 1 and all("/" in name for name in found):
@@ -311,7 +311,7 @@ class Images:
         return self.zip.open(name)
 
     def read(self, index):
-        """-> (uint8 array (3, S, S), whether the image had to be enlarged). InputError: an unreadable file."""
+        """-> (uint8 array (3, S, S), whether the image was enlarged). InputError: an unreadable file."""
         name = self.paths[index % len(self)]
         try:
             with self.open(name) as file:
@@ -325,7 +325,7 @@ class Images:
         return pixels.transpose(2, 0, 1), min(image.size) < self.image_size
 
     def fetch(self, indices):
-        """-> uint8 (B, 3, S, S), labels (B,) int64, how many were enlarged, {position in the batch: InputError}"""
+        """-> uint8 (B, 3, S, S), labels (B,) int64, how many were enlarged, {place in batch: InputError}"""
         batch = np.zeros((len(indices), 3, self.image_size, self.image_size), np.uint8)
         enlarged, bad = 0, {}
         for i, index in enumerate(indices):
@@ -348,13 +348,13 @@ class ImagesWithNotes(Images):
     __getitems__ = Images.fetch
 
 
-# ---- The encoder ---------------------------------------------------------------------------------------------
+# ---- The encoder -------------------------------------------------------------------------------------------
 class Encoder(nn.Module):
-    """A frozen Dinov2WithRegistersModel as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or float
-    in [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch. Gradients reach the images.
+    """A frozen Dinov2WithRegistersModel as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or
+    float in [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch, differentiable.
 
     source: a folder or Hub id. encoder_size: pixels, default image_size * patch / 16 (G = image_size / 16).
-    precision: "fp32" or "bf16" (autocast). InputError: no such encoder, or sizes that do not fit its patches."""
+    precision: "fp32" or "bf16" (autocast). InputError: no such encoder, sizes that do not fit its patches."""
 
     def __init__(self, source=DINOV2, image_size=256, encoder_size=None, precision="fp32"):
         super().__init__()
@@ -364,8 +364,8 @@ class Encoder(nn.Module):
         self.patch, self.precision, self.skip = config.patch_size, precision, 1 + config.num_register_tokens
         self.image_size, self.encoder_size = image_size, encoder_size or image_size * self.patch // 16
         if self.encoder_size % self.patch or not encoder_size and image_size % 16:
-            raise InputError(f"images of {image_size} px at encoder size {self.encoder_size} do not fit patches "
-                             f"of {self.patch} px: give an --encoder-size that is a multiple of {self.patch}")
+            raise InputError(f"images of {image_size} px at encoder size {self.encoder_size} do not fit "
+                             f"patches of {self.patch} px: --encoder-size must be a multiple of {self.patch}")
         self.shape = (config.hidden_size, *[self.encoder_size // self.patch] * 2)
         width, eps = config.hidden_size, config.layer_norm_eps
         self.net.layernorm = nn.LayerNorm(width, eps, elementwise_affine=False)
@@ -385,14 +385,14 @@ class Encoder(nn.Module):
 
     def describe(self):
         """What made the latents, for their description; `sha256` is of the weights."""
-        return {"id": self.source, "image_size": self.image_size, "encoder_size": self.encoder_size,
-                "patch": self.patch, "width": self.shape[0], "untrained": self.untrained, "sha256": self.digest}
+        return {"id": self.source, "untrained": self.untrained, "sha256": self.digest, "patch": self.patch,
+                "width": self.shape[0], "image_size": self.image_size, "encoder_size": self.encoder_size}
 
 
 def load_dinov2(source):
     if source.startswith("random:"):              # older versions made it on the spot
         flags = source.removeprefix("random:").replace("=", " ").replace(",", " --")
-        raise InputError(f"no encoder {source}: python sanity/random_encoder.py --out FOLDER --{flags} makes it; "
+        raise InputError(f"no encoder {source}: sanity/random_encoder.py --out FOLDER --{flags} makes it; "
                          "then repeat encode_latents.py with --encoder FOLDER, which keeps the shards")
     from transformers import AutoConfig, Dinov2WithRegistersModel
     from transformers.utils import logging
@@ -404,14 +404,14 @@ def load_dinov2(source):
             path, dtype=torch.float32, output_loading_info=True, **ours)
     except Exception as error:                    # transformers raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"no encoder {source} ({reason}): give --encoder a folder or Hub id of a "
-                         "Dinov2WithRegistersModel; sanity/random_encoder.py makes an untrained one") from error
+        raise InputError(f"no encoder {source} ({reason}): give --encoder a folder or Hub id of a DINOv2 "
+                         "with registers; sanity/random_encoder.py makes an untrained one") from error
     if kind != "dinov2_with_registers" or notes["missing_keys"]:
         raise InputError(f"{source} is a {kind} model, a dinov2_with_registers one is needed as --encoder")
     return net
 
 
-# ---- The format's readers ------------------------------------------------------------------------------------
+# ---- The format's readers ----------------------------------------------------------------------------------
 def identity(about):
     """What the contents of latents follow from: no paths, no names of folders."""
     return {"data": about["data"]["sha256_of_names"], "encoder": about["encoder"]["sha256"],
@@ -430,7 +430,7 @@ def read_about(path):
     try:
         identity(about)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is no description of latents ({error}): encode into another --out") from error
+        raise InputError(f"{path} describes no latents ({error}): give another --out") from error
     return about
 
 
@@ -440,33 +440,34 @@ def read_description(folder):
     if not path.exists():
         if Path(folder, "encoding.json").exists():
             raise InputError(f"{folder} holds unfinished latents: repeat the command that was making them")
-        raise InputError(f"no latents in {folder}: encode_latents.py --data-path IMAGES --out {folder} makes them")
+        raise InputError(f"no latents in {folder}: encode_latents.py --data-path IMAGES --out {folder} makes "
+                         "them")
     about = read_about(path)
     try:
         shape, classes, shards, encoder = (about[k] for k in ("shape", "classes", "shards", "encoder"))
-        numbers = [*shape, about["image_size"], encoder["image_size"], encoder["encoder_size"]]
+        sizes = [*shape, about["image_size"], encoder["image_size"], encoder["encoder_size"]]
         counts = [shard["count"] for shard in shards]
-        texts = [*classes, encoder["id"], encoder["sha256"], about["statistics_sha256"], about["data"]["name"],
-                 *(shard["sha256"] for shard in shards)]
-        fits = [type(classes) is list, len(shape) == 3, about["precision"] in ("fp32", "bf16"),
-                type(about["flips"]) is bool, all(type(n) is int and 0 < n <= 2 ** 14 for n in numbers),
-                all(type(n) is int and n >= 0 for n in counts), about["count"] == sum(counts) > 0,
-                all(isinstance(text, str) for text in texts),
+        texts = [*classes, *(shard["sha256"] for shard in shards), encoder["id"], encoder["sha256"],
+                 about["statistics_sha256"], about["data"]["name"]]
+        fits = [type(classes) is list, len(shape) == 3, about["count"] == sum(counts) > 0,
+                all(type(n) is int and 0 < n <= 2 ** 14 for n in sizes),
+                all(type(n) is int and n >= 0 for n in counts), all(isinstance(text, str) for text in texts),
+                about["precision"] in ("fp32", "bf16"), type(about["flips"]) is bool,
                 all(re.fullmatch(r"shard_\d+\.safetensors", shard["file"]) for shard in shards)]
         if not all(fits):
             raise ValueError("an entry is not of its kind or size")
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no description of latents ({error}): repeat the command that made it") from error
+        raise InputError(f"{path} describes no latents ({error}): repeat the command that made it") from error
     return about
 
 
 def encoder_of(about):
-    """The Encoder that made the latents of this description. InputError where its weights are others by now."""
+    """The Encoder that made the latents of this description. InputError: its weights are others by now."""
     made = about["encoder"]
     encoder = Encoder(made["id"], made["image_size"], made["encoder_size"], about["precision"])
     if encoder.digest != made["sha256"] or list(encoder.shape) != about["shape"]:
-        raise InputError(f"the encoder {made['id']} has other weights than the one that made the latents: encode "
-                         "again")
+        raise InputError(f"the encoder {made['id']} has other weights than the one that made the latents: "
+                         "encode again")
     return encoder
 
 
@@ -475,8 +476,8 @@ def statistics_of(folder, about):
     path = Path(folder, "latent_stats.safetensors")
     stats = load_stats(path, about["shape"])
     if read_tensors(path, check=False)[1].get("sha256") != about["statistics_sha256"]:
-        raise InputError(f"{path} is not of these latents: the command that made them makes it again, and other "
-                         "statistics are given as --stats")
+        raise InputError(f"{path} is not of these latents: the command that made them makes it again; other "
+                         "statistics go into --stats")
     return stats
 
 
@@ -494,12 +495,12 @@ class Latents:
         self.maps, labels = {}, []
         for path, shard in zip(self.paths, about["shards"], strict=True):
             tensors, header = read_tensors(path, check=False)
-            latents, y = (tensors.get(name, torch.empty(0)) for name in ("latents", "labels"))
-            if (header.get("sha256") != shard["sha256"] or latents.shape != (shard["count"], *self.shape)
-                    or latents.dtype != torch.float16 or y.shape != (shard["count"],) or y.dtype != torch.int64
-                    or not ((0 <= y) & (y < self.num_classes)).all()):
-                raise InputError(f"{path} is not the file that {folder}/latents.json describes: the command that "
-                                 "made it makes it again")
+            z, y = (tensors.get(name, torch.empty(0)) for name in ("latents", "labels"))
+            fits = [header.get("sha256") == shard["sha256"], z.shape == (shard["count"], *self.shape),
+                    y.shape == z.shape[:1], (z.dtype, y.dtype) == (torch.float16, torch.int64)]
+            if not all(fits) or not ((0 <= y) & (y < self.num_classes)).all():
+                raise InputError(f"{path} is not the file that {folder}/latents.json describes: the command "
+                                 "that made it makes it again")
             labels.append(y.clone())
         self.labels = torch.cat(labels)
 
@@ -521,10 +522,10 @@ class Latents:
         return torch.from_numpy(batch), self.labels[indices]
 
 
-# ---- The order in which training sees them -------------------------------------------------------------------
+# ---- The order in which training sees them -----------------------------------------------------------------
 class RowSampler:
-    """For each step in first_step .. last_step - 1 and each (start, stop) of `rows`, the data set's indices of
-    these rows of the global batch.
+    """For each step in first_step .. last_step - 1 and each (start, stop) of `rows`, the data set's indices
+    of these rows of the global batch.
 
     Row r of step k is position k * batch_size + r in an endless sequence of epochs, each a permutation of
     range(count) that follows from (seed, epoch) alone; so the samples are the same however a run is split or
@@ -556,8 +557,9 @@ class RowSampler:
 
 
 def batches_of(dataset, sampler, workers, pin=False):
-    """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes, which send
-    arrays through pipes: /dev/shm may be small. pin: into memory that a GPU copies from. InputError: one died."""
+    """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes. Arrays
+    come through pipes: /dev/shm may be small. pin: into memory that a GPU copies from.
+    InputError: a process died."""
     def received(batch):
         tensors = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
         return tuple(x.pin_memory() if pin and isinstance(x, torch.Tensor) else x for x in tensors)
@@ -595,8 +597,8 @@ def batches_of(dataset, sampler, workers, pin=False):
             yield received(batch)
     except (EOFError, OSError) as error:
         process.join(5)
-        raise InputError(f"a process that reads ahead has ended (status {process.exitcode}; -9: killed, for memory "
-                         "perhaps): go on with fewer --workers") from error
+        raise InputError(f"a process that reads ahead has ended (status {process.exitcode}; -9: killed, "
+                         "perhaps for memory): go on with fewer --workers") from error
     finally:
         end()
         atexit.unregister(end)
@@ -604,8 +606,8 @@ def batches_of(dataset, sampler, workers, pin=False):
 
 def read_ahead(dataset, connection):
     """A worker. A signal to the whole group, torchrun's way, is the training's to act on, not its."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
     sent = None
     with ThreadPoolExecutor(1) as sender:
@@ -625,11 +627,11 @@ def read_ahead(dataset, connection):
 
 
 class TrainingData:
-    """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes (its
-    shards are not needed); or, `synthetic` = 256 or 512, random latents at the real shapes.
+    """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes
+    (its shards are not needed); or, `synthetic` = 256 or 512, random latents at the real shapes.
 
-    Attributes: `shape`, `classes` (names), `stats` (mean, var), `about` (dict, for the run's records), `digest`
-    (of the contents, wherever they lie), `encoder` (of images on the fly, else None)."""
+    Attributes: `shape`, `classes` (names), `stats` (mean, var), `about` (dict, for the run's records),
+    `digest` (of the contents, wherever they lie), `encoder` (of images on the fly, else None)."""
 
     def __init__(self, latents, data_path=None, synthetic=None):
         self.encoder, self.dataset, self.flips = None, None, False
@@ -672,7 +674,7 @@ class TrainingData:
             yield encode(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
 
-# ---- Statistics that merge: (count, mean, m2), m2 the sum of squared deviations; float64 (C, H, W) -----------
+# ---- Statistics that merge: (count, mean, m2), m2 the sum of squared deviations; float64 (C, H, W) ---------
 def moments(latents):
     x = latents.double()
     mean = x.sum(0) / max(len(x), 1)
@@ -686,7 +688,7 @@ def merge(a, b):
     return n, a[1] + delta * share, a[2] + b[2] + delta.square() * (a[0] * share)
 
 
-# ---- Encoding ------------------------------------------------------------------------------------------------
+# ---- Encoding ----------------------------------------------------------------------------------------------
 def shard_path(out, k):
     return out / f"shard_{k:05d}.safetensors"
 
@@ -702,7 +704,7 @@ def claim(out, settings, needed):
     space = f"{needed / 1e9:,.2f} GB, {there / 1e9:,.2f} GB of it there, {free / 1e9:,.2f} GB free"
     say(f"space needed in {out}: {space}")
     if needed - there > free:
-        raise InputError(f"the latents do not fit into {out} ({space}): make space, or have the training stages "
+        raise InputError(f"the latents do not fit into {out} ({space}): make space, or have the stages "
                          "encode on the fly (their --data-path)")
     hold(out / ".lock", "shard_*.safetensors", "latent_stats.safetensors", "*.json", "skipped.txt")
     if described.exists():
@@ -710,27 +712,36 @@ def claim(out, settings, needed):
     write_json(described, settings)
 
 
-def is_whole(out, k, settings, listed):
-    """Whether shard k is there, undamaged, and of these images and this encoder. Shards of older versions do not
-    say so: they are known by `listed`, {file: sha256} of a latents.json."""
-    path = shard_path(out, k)
-    if not path.exists():
-        return False
+def fault_of(path, origin, digest):
+    """What is wrong with a shard: damaged, or of other images or another encoder than `origin`; or None. A
+    shard of an older version has no origin: it is known by its digest in latents.json."""
     try:
         header = read_tensors(path)[1]
-        if header.get("origin", header.get("sha256")) in (origin(settings, k), listed.get(path.name, "")):
-            return True
-        error = f"{path} is of other images or another encoder"
-    except InputError as damage:
-        error = damage
-    say(f"{error}: encoding it again", sys.stderr)
-    return False
+    except InputError as error:
+        return str(error)
+    if header.get("origin", header.get("sha256")) not in (origin, digest):
+        return f"{path} is of other images or another encoder"
+
+
+def missing(out, shards, settings):
+    """Those of the shards, {number: range of indices}, that are not there, or not whole."""
+    digests = {}
+    if (out / "latents.json").exists():
+        digests = {shard["file"]: shard["sha256"] for shard in read_description(out)["shards"]}
+    for k, rows in shards.items():
+        path = shard_path(out, k)
+        fault = fault_of(path, origin(settings, k), digests.get(path.name, "")) if path.exists() else "absent"
+        if fault and path.exists():
+            say(f"{fault}: encoding it again", sys.stderr)
+        if fault:
+            yield k, rows
 
 
 @torch.no_grad()
 def encode_shards(images, encoder, shards, out, settings, batch_size, workers, skip_bad):
-    """Encode `shards`, {number: range of indices}, in order; write each when complete. Yields batches' sizes."""
-    plan = [(k, rows[i:i + batch_size]) for k, rows in shards.items() for i in range(0, len(rows), batch_size)]
+    """Encode `shards`, {number: range of indices}, in order; write each when complete. Yields batch sizes."""
+    plan = [(k, rows[i:i + batch_size]) for k, rows in shards.items()
+            for i in range(0, len(rows), batch_size)]
     device, parts = encoder.mean.device, []
     batches = batches_of(images, [rows for _, rows in plan], workers, pin=device.type == "cuda")
     for (k, rows), (x, y, enlarged, bad) in zip(plan, batches, strict=True):
@@ -740,8 +751,8 @@ def encode_shards(images, encoder, shards, out, settings, batch_size, workers, s
         z = encoder(x.to(device))[good].half()
         if not z.isfinite().all():
             first = printable(images.paths[rows[0] % len(images)])
-            raise InputError(f"latents of {first}, or of the {len(rows) - 1} images after it, are not finite in "
-                             "float16: look at the encoder's weights")
+            raise InputError(f"latents of {first}, or of the {len(rows) - 1} images after it, are not finite "
+                             "in float16: look at the encoder's weights")
         # Without the folder's path: the same images elsewhere are the same shard.
         skipped = [str(error).removeprefix(f"{printable(images.path)}/") for error in bad.values()]
         parts.append((z.cpu(), y[good], moments(z), enlarged, skipped))
@@ -756,8 +767,8 @@ def encode_shards(images, encoder, shards, out, settings, batch_size, workers, s
 
 
 def gather(out, count):
-    """What the shards say, without reading their latents: moments of all, the list for latents.json, the number
-    of images that were enlarged, those that were left out."""
+    """What the shards say, without reading their latents: moments of all, the list for latents.json, the
+    number of images that were enlarged, those that were left out."""
     statistics, shards, enlarged, skipped = [], [], 0, []
     for path in (shard_path(out, k) for k in range(count)):
         tensors, header = read_tensors(path, check=False)
@@ -782,45 +793,44 @@ def finish(out, count, settings, shape, images):
     write_json(out / "latents.json", {
         **settings, "shape": shape, "dtype": "float16", "count": n, "classes": images.classes,
         "statistics_sha256": digest, "shards": shards})
-    say(f"{out}: {n:,} latents of {'x'.join(map(str, shape))}, {len(images.classes)} classes; {enlarged:,} images "
-        f"were too small and enlarged, {len(skipped):,} unreadable and left out{' (skipped.txt)' * bool(skipped)}")
+    listed = " (skipped.txt)" if skipped else ""
+    say(f"{out}: {n:,} latents of {'x'.join(map(str, shape))}, {len(images.classes)} classes; {enlarged:,} "
+        f"images were too small and enlarged, {len(skipped):,} unreadable and left out{listed}")
 
 
 def verify(out):
-    """Read every file back. InputError names those that are damaged, of other images or another encoder, out of
-    place, and statistics that are not the shards'."""
-    about, bad = read_description(out), []
-    files = {shard["file"]: shard["sha256"] for shard in about["shards"]}
-    files["latent_stats.safetensors"] = about["statistics_sha256"]
-    for k, (name, digest) in enumerate(tqdm(files.items(), disable=not sys.stderr.isatty())):
-        try:
-            header = read_tensors(out / name)[1]
-            if header.get("sha256") != digest or header.get("origin", origin(about, k)) != origin(about, k):
-                bad.append(f"{out / name} is not the file that latents.json describes")
-        except InputError as error:
-            bad.append(str(error))
-    if not bad:
-        (n, mean, m2), shards, *_ = gather(out, len(about["shards"]))
-        if shards != about["shards"] or digest_of({"mean": mean, "var": m2 / n}) != about["statistics_sha256"]:
-            bad.append(f"{out}/latents.json does not describe these shards and their statistics")
-    if bad:
-        raise InputError(f"{len(bad)} of {len(files)} files are damaged (the command that made them makes them "
-                         f"again): {'; '.join(bad)}")
-    say(f"{out}: {len(files)} files with {about['count']:,} latents read back, all whole")
+    """Read every file back. InputError names those that are damaged, of other images or another encoder, out
+    of place, and statistics that are not the shards'."""
+    about = read_description(out)
+    shards, path = about["shards"], out / "latent_stats.safetensors"
+    faults = [fault_of(shard_path(out, k), origin(about, k), shard["sha256"])
+              for k, shard in enumerate(shards)]
+    faults.append(fault_of(path, "", about["statistics_sha256"]))
+    faults = list(filter(None, faults))
+    if not faults:
+        (n, mean, m2), found, *_ = gather(out, len(shards))
+        faults = [f"{out / a['file']} is not the file that latents.json describes"
+                  for a, b in zip(shards, found, strict=True) if a != b]
+        if not faults and digest_of({"mean": mean, "var": m2 / n}) != about["statistics_sha256"]:
+            faults = [f"{path} is not of these shards"]
+    if faults:
+        raise InputError(f"{len(faults)} of {len(shards) + 1} files are damaged (the command that made them "
+                         f"makes them again): {'; '.join(faults)}")
+    say(f"{out}: {len(shards) + 1} files with {about['count']:,} latents read back, all whole")
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     cores, pixels = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), number(int, 1, 2 ** 14)
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", default="data/imagenet/train", help="folder of class folders of images, or a .zip of one")
+    add("--data-path", default="data/imagenet/train", help="folder of class folders, or a .zip of one")
     add("--image-size", type=pixels, default=256, help="pixels (paper; also 512)")
     add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
     add("--skip-bad", action="store_true", help="list unreadable images in skipped.txt, in place of stopping")
     add = parser.add_argument_group("encoder").add_argument
     add("--encoder", default=DINOV2, help="folder or Hub id of a Dinov2WithRegistersModel (RAE)")
     add("--encoder-size", type=pixels, help="pixels that it sees (default: image size * patch / 16; RAE)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, 8 bits for float16's 11")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, of 8 bits")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=whole(), default=64, help="images per process and pass; changes rounding alone")
     add("--workers", type=whole(0), default=min(8, cores), help="processes per device that decode images")
@@ -854,26 +864,22 @@ def main(argv=None):
         claim(out, settings, total * (math.prod(encoder.shape) * 2 + 8))
     barrier()
     if not (out / "encoding.json").exists() or read_json(out / "encoding.json") != settings:
-        raise InputError(f"process {rank} does not see what process 0 wrote to {out}: it must lie on a disk that "
-                         "all nodes share")
+        raise InputError(f"process {rank} does not see what process 0 wrote to {out}: it must lie on a disk "
+                         "that all nodes share")
 
-    # The shards of this process, as far as they are not there.
-    count = -(-total // args.shard_size)
-    listed = read_description(out)["shards"] if (out / "latents.json").exists() else []
-    listed = {shard["file"]: shard["sha256"] for shard in listed}
-    shards = {k: range(k * args.shard_size, min((k + 1) * args.shard_size, total))
-              for k in range(rank, count, world) if not is_whole(out, k, settings, listed)}
-    share, done, start = sum(map(len, shards.values())), 0, time.monotonic()
-    bar = tqdm(total=share * world, unit=" images", disable=rank > 0 or not sys.stderr.isatty())
-    said = start
-    for n in encode_shards(images, encoder, shards, out, settings, args.batch_size, args.workers, args.skip_bad):
+    # The shards of this process, as far as they are not there; all processes are about as far as this one.
+    size, count = args.shard_size, math.ceil(total / args.shard_size)
+    shards = {k: range(k * size, min((k + 1) * size, total)) for k in range(rank, count, world)}
+    shards = dict(missing(out, shards, settings))
+    share, done = sum(map(len, shards.values())), 0
+    start = said = time.monotonic()
+    batch, workers, skip = args.batch_size, args.workers, args.skip_bad
+    for n in encode_shards(images, encoder, shards, out, settings, batch, workers, skip):
         done, now = done + n, time.monotonic()
-        bar.update(n * world)                     # all processes are about as far as this one
-        if rank == 0 and bar.disable and (now - said > 10 or done == share):
+        if rank == 0 and (now - said > 10 or done == share):
             rate, said = done * world / (now - start), now
             left = timedelta(seconds=round((share - done) * world / rate))
             say(f"{done * world:,} of {share * world:,} images, {rate:,.0f} images/s, {left} left")
-    bar.close()
     barrier()
     if rank == 0:
         finish(out, count, settings, encoder.shape, images)

@@ -1,9 +1,10 @@
-"""Coloured digits: the sanity run's built-in data, drawn with Pillow's own font, as PNG files in class folders.
+"""Coloured digits: the sanity run's data, drawn with Pillow's own font, as PNG files in class folders.
 
-    python sanity/digits.py --out data/digits          -> data/digits/train/<class>/00000.png, data/digits/held-out/...
+    python sanity/digits.py --out data/digits     -> data/digits/train/CLASS/00000.png, .../held-out/...
 
-Ten classes, `0` .. `9`; size, place, angle and the two colours vary. An image follows from seed, split, class and index
-alone, so that asking for more changes none of the earlier ones. From here on they take the same way as photographs.
+Ten classes, `0` .. `9`; size, place, angle and the two colours vary. An image follows from seed, split, class
+and index alone, so that asking for more changes none of the earlier ones. From here on they take the same way
+as photographs.
 """
 import argparse
 import functools
@@ -19,18 +20,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import InputError, command, read_json, write_json  # noqa: E402
+from model import (  # noqa: E402
+    ArgumentParser, InputError, command, hold, number, read_json, refuse_other, say, whole, write_json)
 
 SPLITS = ("train", "held-out")
 LUMA = np.array([0.299, 0.587, 0.114])
-OVERSAMPLE = 3                                     # drawn three times as large, then averaged: smooth edges
+OVERSAMPLE = 3                                    # drawn three times as large, then averaged: smooth edges
 
 
 @functools.cache
 def glyph(digit):
     """The digit as a large grey mask, cut to its bounding box."""
     canvas = Image.new("L", (320, 320))
-    ImageDraw.Draw(canvas).text((80, 40), str(digit), fill=255, font=ImageFont.load_default(160), stroke_width=2)
+    font = ImageFont.load_default(160)
+    ImageDraw.Draw(canvas).text((80, 40), str(digit), fill=255, font=font, stroke_width=2)
     return canvas.crop(canvas.getbbox())
 
 
@@ -53,11 +56,12 @@ def draw(seed, split, digit, index, size):
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     extent = scale * scale * np.array([mask.width * abs(cos) + mask.height * abs(sin),
                                        mask.width * abs(sin) + mask.height * abs(cos)])
-    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 6         # a third of the way to the edge, at most
+    # A third of the way to the edge, at most.
+    room = np.maximum(big - 2 * OVERSAMPLE - extent, 0) / 6
     x, y = big / 2 + rng.uniform(-room, room)
     inverse = (cos, sin, mask.width / 2 - cos * x - sin * y, -sin, cos, mask.height / 2 + sin * x - cos * y)
-    placed = mask.transform((big, big), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR).reduce(OVERSAMPLE)
-    cover = np.asarray(placed, dtype=np.float64)[..., None] / 255
+    placed = mask.transform((big, big), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+    cover = np.asarray(placed.reduce(OVERSAMPLE), dtype=np.float64)[..., None] / 255
     return np.round(255 * (paper + (ink - paper) * cover)).astype(np.uint8)
 
 
@@ -65,47 +69,54 @@ def write_class(out, seed, split, digit, count, size):
     folder = Path(out, split, str(digit))
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        Image.fromarray(draw(seed, split, digit, index, size)).save(folder / f"{index:05}.png", compress_level=1)
+        image = Image.fromarray(draw(seed, split, digit, index, size))
+        image.save(folder / f"{index:05}.png", compress_level=1)
+
+
+def tens(text):
+    """An argparse type: as many images of each of the ten classes."""
+    count = whole(10)(text)
+    if count % 10:
+        raise argparse.ArgumentTypeError(f"{text!r}: give multiples of 10, every class gets as many")
+    return count
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", default="data/digits", help="folder to write (default %(default)s)")
-    add("--train", type=int, default=20000, help="images to train on, multiple of 10 (default %(default)s)")
-    add("--held-out", type=int, default=5000, help="others, for the evaluation, multiple of 10 (default %(default)s)")
-    add("--image-size", type=int, default=32, help="pixels (default %(default)s)")
-    add("--seed", type=int, default=0, help="0 or more; other seeds draw other images (default %(default)s)")
+    add("--out", default="data/digits", help="folder to write")
+    add("--train", type=tens, default=20000, metavar="IMAGES", help="images to train on, a multiple of 10")
+    add("--held-out", type=tens, default=5000, metavar="IMAGES", help="others, for the evaluation, likewise")
+    add("--image-size", type=number(int, 8, 2 ** 12), default=32, metavar="PX", help="pixels")
+    add("--seed", type=whole(0), default=0, help="other seeds draw other images")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args, start = parse_args(argv), time.time()
     counts = dict(zip(SPLITS, (args.train, args.held_out), strict=True))
-    if any(count < 10 or count % 10 for count in counts.values()):
-        raise InputError("--train and --held-out are multiples of 10: every class gets as many")
-    if args.image_size < 8 or args.seed < 0:
-        raise InputError("--image-size is at least 8, --seed at least 0")
     out, settings = Path(args.out), {**counts, "image_size": args.image_size, "seed": args.seed}
+    # Other code or another font: other digits.
     first = [draw(args.seed, "train", digit, 0, args.image_size) for digit in range(10)]
-    settings["sha256_of_first"] = hashlib.sha256(np.stack(first)).hexdigest()    # other code or font: other digits
+    settings["sha256_of_first"] = hashlib.sha256(np.stack(first)).hexdigest()
     marker = out / "digits.json"
+    if out.exists() and not marker.exists():
+        if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
+            raise InputError(f"{out} holds something else already: give another --out")
+    hold(out / ".lock", "digits.json")
     if marker.exists():
         found = read_json(marker)
-        if {**found, "complete": None} != {**settings, "complete": None}:
-            raise InputError(f"{out} holds digits of other settings ({found}): remove it or give another --out")
-        if found["complete"]:
-            print(f"{out} is complete, {sum(counts.values())} images")
-            return
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} holds something else already: give another --out")
-    write_json(marker, {**settings, "complete": False})           # interrupted, it starts over: the images are the same
+        refuse_other(out, found, settings)
+        if found.get("complete") is True:
+            return say(f"{out} is complete, {sum(counts.values())} images")
+    # Interrupted, it starts over: the images are the same.
+    write_json(marker, {**settings, "complete": False})
     jobs = [(out, args.seed, split, digit, count // 10, args.image_size)
             for split, count in counts.items() for digit in range(10)]
     with ProcessPoolExecutor(min(os.cpu_count(), 10)) as pool:
         list(pool.map(write_class, *zip(*jobs, strict=True)))
     write_json(marker, {**settings, "complete": True})
-    print(f"{out}: {sum(counts.values())} images of {args.image_size} pixels in {time.time() - start:.1f} s")
+    say(f"{out}: {sum(counts.values())} images of {args.image_size} pixels in {time.time() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -12,24 +12,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import encoder_of, read_description  # noqa: E402
 from model import (  # noqa: E402
-    DIFFUSERS_NAMES, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, hold, load_decoder, load_stats, say,
-    write_json, write_tensors)
+    DIFFUSERS_NAMES, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, hold, load_decoder,
+    load_stats, say, write_json, write_tensors)
 
 
 def export_autoencoder(folder, decoder, stats, encoder):
     """Write the folder of a ViTDecoder, (mean, var) and an encode_latents.Encoder.
 
-    That class (diffusers 0.42) makes its encoder with heads of 64 channels and positions for 518 px: InputError
-    for an encoder unlike that. It builds its table of positions for a 16 x 16 base, and adds 1e-5 to the stored
-    deviation, which holds it already."""
+    That class (diffusers 0.42) makes its encoder with heads of 64 channels and positions for 518 px:
+    InputError for an encoder unlike that. It builds its table of positions for a 16 x 16 base, and adds 1e-5
+    to the stored deviation, which holds it already."""
     folder, net = Path(folder), encoder.net.config
-    if net.hidden_size != 64 * net.num_attention_heads or net.image_size != 518 or encoder.shape != decoder.shape:
-        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.source}: it wants DINOv2's heads of 64 "
-                         f"channels, its positions for 518 px, and the decoder's latents {decoder.shape}")
+    heads_fit = net.hidden_size == 64 * net.num_attention_heads
+    if not heads_fit or net.image_size != 518 or encoder.shape != decoder.shape:
+        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.source}: it wants DINOv2's heads "
+                         f"of 64 channels, positions for 518 px, and the decoder's latents {decoder.shape}")
     grid = decoder.shape[1]
     if grid != 16:
-        say(f"warning: at {grid} x {grid} tokens AutoencoderRAE of diffusers 0.42 uses other positions than RAE's "
-            "(those of a 16 x 16 base): it will decode differently", sys.stderr)
+        say(f"warning: at {grid} x {grid} tokens AutoencoderRAE of diffusers 0.42 uses other positions than "
+            "RAE's (those of a 16 x 16 base): it will decode differently", sys.stderr)
     tensors = {f"encoder.{name}": tensor for name, tensor in encoder.net.state_dict().items()}
     for name, tensor in decoder.state_dict().items():
         for ours, theirs in DIFFUSERS_NAMES:

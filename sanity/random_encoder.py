@@ -2,10 +2,10 @@
 
     python sanity/random_encoder.py --out runs/sanity/encoder
 
-It is an ordinary Dinov2WithRegistersModel, made so that a token keeps what its patch shows. The patch projection
-turns the patch's lowest frequencies (a DCT, luminance finer than colour) by a random rotation. The final LayerNorm
-removes a token's mean and length, so these are made to hold little: the rotation leaves out the direction
-(1, ..., 1) and that of a bias longer than the signal. Blocks add random features, scaled by 0.2.
+It is an ordinary Dinov2WithRegistersModel, made so that a token keeps what its patch shows. The patch
+projection turns the patch's lowest frequencies (a DCT, luminance finer than colour) by a random rotation. The
+final LayerNorm removes a token's mean and length, so these are made to hold little: the rotation leaves out
+the direction (1, ..., 1) and that of a bias longer than the signal. Blocks add random features times 0.2.
 Its config.json says "untrained": true; tables and reports then call it RANDOM.
 """
 import json
@@ -19,15 +19,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, generator, hold, read_json, read_tensors, refuse_other, say, whole, write_json,
-    write_tensors)
+    ArgumentParser, InputError, command, generator, hold, read_json, read_tensors, refuse_other, say, whole,
+    write_json, write_tensors)
 
 
 def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
-    """A Dinov2WithRegistersModel whose weights follow from `seed` alone. Width: a multiple of the heads, at least 3."""
+    """A Dinov2WithRegistersModel whose weights follow from `seed` alone."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     if width < 3 or width % heads:
-        raise InputError(f"--width {width} --heads {heads}: the width is at least 3 and a multiple of the heads")
+        raise InputError(f"--width {width} --heads {heads}: give a width that is a multiple of the heads")
     config = Dinov2WithRegistersConfig(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
         patch_size=patch, image_size=8 * patch, layerscale_value=0.2)
@@ -96,7 +96,7 @@ def main(argv=None):
     config = json.loads(net.config.to_json_string())
     config |= {"architectures": ["Dinov2WithRegistersModel"], **settings}
     write_json(out / "config.json", config, digest=False)
-    say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px, seed {args.seed}")
+    say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ fitted classifier has little left but the class, so that it sees neither colour 
 (docs/RESULTS.md has the figures). Class accuracy is that classifier's. Sample files are sample.py's: image i of each has
 the same noise, and the label i mod K.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -31,7 +30,8 @@ from torch import nn  # noqa: E402
 from encode_latents import Images, Latents, RowSampler, encoder_of  # noqa: E402
 from eval_fid import Moments, complaint, frechet_distance  # noqa: E402
 from model import (  # noqa: E402
-    InputError, command, load_decoder, provenance, read_json, read_tensors, write_atomically, write_json, write_tensors)
+    ArgumentParser, InputError, command, hold, load_decoder, provenance, read_json, read_tensors, say, whole,
+    write_atomically, write_json, write_tensors)
 from sample import to_uint8  # noqa: E402
 
 COLUMNS = ("teacher 50", "teacher 1", "CMT 1", "MFD 1", "MFD 2", "MFT 1")
@@ -72,7 +72,7 @@ def fit(images, labels, classes, steps, seed, device):
         schedule.step()
         optimizer.zero_grad()
         if step % max(1, steps // 4) == 0:
-            print(f"classifier: step {step} of {steps}, loss {loss:.3f}; {time.time() - start:.0f} s", flush=True)
+            say(f"classifier: step {step} of {steps}, loss {loss:.3f}; {time.time() - start:.0f} s")
     return net.eval()
 
 
@@ -87,7 +87,7 @@ def classifier(path, train, sample, steps, seed, device):
         tensors, about = read_tensors(path)
         if about.get("key") == key.hexdigest():
             net.load_state_dict(tensors)
-            print(f"classifier: {path}, fitted before")
+            say(f"classifier: {path}, fitted before")
             return net.to(device).eval()
     net = fit(*read(train, range(len(train))), len(train.classes), steps, seed, device)
     write_tensors(path, net.state_dict(), {"key": key.hexdigest()})
@@ -217,11 +217,12 @@ def draw_picture(path, columns, names):
 
 def write_report(path, about, rows, checks, seconds):
     """report.md from the numbers of report.json."""
-    encoder, real, held_out = about["encoder"]["id"], rows["real"]["count"], about["held_out"]["count"]
-    plain = f"The encoder is `{encoder}`."
-    if encoder.startswith("random:"):
-        plain = (f"**The encoder is random** (`{encoder}`: weights from a seed), not the paper's DINOv2: what this "
-                 "shows is whether every stage does its work.")
+    encoder, real, held_out = about["encoder"], rows["real"]["count"], about["held_out"]["count"]
+    plain = f"The encoder is `{encoder['id']}`."
+    # Latents of older versions say it by their encoder's name.
+    if encoder.get("untrained", encoder["id"].startswith("random:")):
+        plain = (f"**The encoder is RANDOM** (`{encoder['id']}`: weights from a seed), not the paper's DINOv2: what "
+                 "this shows is whether every stage does its work.")
 
     def cell(value, form=""):
         return "" if value is None else format(value, form)
@@ -258,24 +259,24 @@ def write_report(path, about, rows, checks, seconds):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--run", default="runs/sanity", help="folder of the run, to write to (default %(default)s)")
-    add("--data", default="data/digits", help="training images, folder or .zip; or a folder that holds `train` and "
-        "`held-out` (default %(default)s)")
+    add("--run", default="runs/sanity", help="folder of the run, to write to")
+    add("--data", default="data/digits", help="training images, folder or .zip; or a folder of `train` and `held-out`")
     add("--held-out", help="real images that no stage has seen, folder or .zip (default: `held-out` in --data)")
     add("--latents", help="latents, whose encoder is used (default: `latents` in --run)")
     add("--decoder", help="decoder for *decoded real* (default: `decoder` in --run)")
     add("--samples", nargs="+", metavar="NAME=FILE:NFE", help="sample files, in the order of the columns (default: "
         f"{', '.join(COLUMNS)}, from `samples/teacher_50.npz` and so on in --run)")
-    add("--classifier-steps", type=int, default=200, help="of the optimizer, 128 images each (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the classifier (default %(default)s)")
+    add("--classifier-steps", type=whole(), default=200, help="of the optimizer, 128 images each")
+    add("--seed", type=whole(0), default=0, help="of the classifier")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     run, data = Path(args.run), Path(args.data)
+    hold(run / ".lock", "report.*", "picture.png", "classifier.safetensors")
     whole = (data / "train").is_dir() and (data / "held-out").is_dir()
     if not whole and not args.held_out:
         raise InputError(f"{data} does not hold `train` and `held-out`: name the images kept out with --held-out")
@@ -315,7 +316,7 @@ def main(argv=None):
     spaced = np.linspace(0, len(train) - 1, min(len(held_out), len(train))).round().astype(int)      # of every class
     other, other_labels = read(train, spaced.tolist())
     net = classifier(run / "classifier.safetensors", train, other, args.classifier_steps, args.seed, device)
-    print(f"measuring {len(real):,} held-out images, {len(other):,} others, and {len(sets)} sample files", flush=True)
+    say(f"measuring {len(real):,} held-out images, {len(other):,} others, and {len(sets)} sample files")
     decoded = decode(other, encoder, decoder, device)
     sets = {"real": (other, other_labels), "decoded real": (decoded, other_labels), **sets}
     reference, held_out_accuracy = measure(real, real_labels, encoder, net, device)
@@ -345,8 +346,8 @@ def main(argv=None):
     write_json(run / "report.json", {**result, "rows": rows, "seconds": seconds, "checks": [
         {"statement": statement, "figures": figures, "holds": bool(holds)} for statement, figures, holds in checks]})
     text = (run / "report.md").read_text()
-    print(text[text.index("| | NFE"):text.index("Distances are")] + text[text.index("| | figures"):])
-    print(f"written: {run / 'report.md'}, {run / 'report.json'}, {run / 'picture.png'}")
+    say(text[text.index("| | NFE"):text.index("Distances are")] + text[text.index("| | figures"):])
+    say(f"written: {run / 'report.md'}, {run / 'report.json'}, {run / 'picture.png'}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_digits_are_whole_and_readable():
 
 def test_digits_folder(chain, tmp_path, capsys):
     folder = chain / "digits"
-    assert sorted(path.name for path in folder.iterdir()) == ["digits.json", "held-out", "train"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "digits.json", "held-out", "train"]
     for split, count in (("train", 20), ("held-out", 6)):
         assert sorted(path.name for path in (folder / split).iterdir()) == list("0123456789")
         assert all(len(list((folder / split / str(k)).iterdir())) == count for k in range(10))
@@ -84,13 +84,14 @@ def test_digits_folder(chain, tmp_path, capsys):
     before = (folder / "train/0/00000.png").stat().st_mtime_ns
     digits.main(same)
     assert "complete" in capsys.readouterr().out and (folder / "train/0/00000.png").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="holds other work .seed"):
         digits.main([*same, "--seed", "1"])
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
         digits.main(["--out", str(tmp_path)])
-    with pytest.raises(InputError, match="multiples of 10"):
+    with pytest.raises(SystemExit, match="2"):
         digits.main(["--out", str(tmp_path / "new"), "--train", "15"])
+    assert "multiples of 10" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_digits_go_on(tmp_path):
@@ -125,9 +126,9 @@ def test_decoder_resumes_bit_for_bit(chain, decoder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_decoder.main(arguments)
     monkeypatch.setattr(train_decoder, "write_tensors", write)
-    with pytest.raises(InputError, match="another run"):
+    with pytest.raises(InputError, match="this very run"):
         train_decoder.main(arguments)
-    with pytest.raises(InputError, match="another run"):
+    with pytest.raises(InputError, match="other work .lr"):
         train_decoder.main([*arguments, "--resume", "--lr", "1"])
     assert int(read_tensors(chain / "stopped/state.safetensors")[0]["step"]) == 3
     train_decoder.main([*arguments, "--resume"])
@@ -143,8 +144,12 @@ def test_decoder_refuses_other_images(chain, tmp_path):
                  "--seed", "1"])
     with pytest.raises(InputError, match="does not hold the latents of the images"):
         train_decoder.main([*decoder_arguments(chain, "other"), "--data-path", str(tmp_path / "digits/train")])
+    few = ["--data-path", str(tmp_path / "digits few/train"), "--latents", str(tmp_path / "few")]
+    digits.main(["--out", str(tmp_path / "digits few"), "--train", "60", "--held-out", "10", "--image-size", "16"])
+    encode_latents.main(["--data-path", few[1], "--out", few[3], "--workers", "0", "--image-size", "16",
+                         "--encoder-size", "16", "--encoder", f"{chain}/run/encoder"])
     with pytest.raises(InputError, match="too few"):
-        train_decoder.main(decoder_arguments(chain, "other"))
+        train_decoder.main([*decoder_arguments(chain, "other"), *few])
     assert not (chain / "other").exists()
 
 
@@ -160,7 +165,7 @@ def test_report(chain, decoder, monkeypatch):
     report.main(report_arguments(chain))
     text, numbers = (chain / "run/report.md").read_text(), json.loads((chain / "run/report.json").read_text())
     rows = numbers["rows"]
-    assert list(rows) == ["real", "decoded real", *NAMES] and "**The encoder is random**" in text
+    assert list(rows) == ["real", "decoded real", *NAMES] and "**The encoder is RANDOM**" in text
     for space in ("encoder", "classifier"):
         assert rows["MFD 1"][space] < rows["CMT 1"][space] < rows["teacher 1"][space]
     assert rows["teacher 50"]["likeness"] == 0 < rows["MFD 1"]["likeness"] < rows["CMT 1"]["likeness"] < 1
