@@ -451,7 +451,8 @@ def read_description(folder):
                  about["statistics_sha256"], about["data"]["name"]]
         fits = [type(classes) is list, len(shape) == 3, about["count"] == sum(counts) > 0,
                 all(type(n) is int and 0 < n <= 2 ** 14 for n in sizes),
-                all(type(n) is int and n >= 0 for n in counts), all(isinstance(text, str) for text in texts),
+                all(type(n) is int and n >= 0 for n in [*counts, about["count"]]),
+                all(isinstance(text, str) for text in texts),
                 about["precision"] in ("fp32", "bf16"), type(about["flips"]) is bool,
                 all(re.fullmatch(r"shard_\d+\.safetensors", shard["file"]) for shard in shards)]
         if not all(fits):

@@ -24,7 +24,7 @@ from model import (  # noqa: E402
     DECODER_PRESETS, ArgumentParser, InputError, ViTDecoder, command, digest_of_text, fraction, generator,
     hold, not_negative, positive, read_tensors, refuse_other, save_network, say, whole, write_tensors)
 
-HELD_OUT = 512                                    # images kept out, to measure on; of fewer than twice that, a quarter
+HELD_OUT = 512                                    # images kept out, to measure on; of few, a quarter
 
 
 def decoder_loss(decode, encode, z, x, noise, spread, feature_weight):

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 
 import encode_latents
 from encode_latents import Encoder, Images, Latents, RowSampler, TrainingData, adm_crop, batches_of, main, open_rgb
-from model import InputError, read_json, write_json
+from model import InputError, read_json, read_tensors, write_json, write_tensors
 from sanity import random_encoder
 
 SCRIPT = Path(encode_latents.__file__)
@@ -611,6 +612,373 @@ def test_synthetic_training_data():
     (z, y), (z_next, _) = data.batches(*arguments)
     assert z.shape == (4, *data.shape) == (4, 768, 32, 32) and y.max() < len(data.classes) == 1000
     assert not torch.equal(z, z_next) and data.stats[1].shape == data.shape
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Anybody's pictures
+# ----------------------------------------------------------------------------------------------------------------------
+def dot(path, colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), colour).save(path, "PNG")
+
+
+def pack(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            info = zipfile.ZipInfo("x")
+            info.filename = name                              # as it stands, backslashes and all
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")               # of names that stand twice
+                archive.writestr(info, b"" if name.endswith(("/", "\\")) else saved(Image.new("RGB", (9, 9), "red"), "PNG"))
+    return path
+
+
+def test_archives_of_all_kinds(tmp_path, capsys):
+    images = Images(pack(tmp_path / "windows.zip", "top\\b\\1.png", "top\\a\\", "top\\a\\deep\\2.png"), 8)
+    assert (images.classes, images.paths) == (["a", "b"], ["a/deep/2.png", "b/1.png"])
+    assert images.__getitems__([0, 1])[1].tolist() == [0, 1]
+    images = Images(pack(tmp_path / "twice.zip", "./a/1.png", "./a/1.png", "./b/2.png"), 8)
+    assert images.paths == ["a/1.png", "b/2.png"] and "1 entries that stand twice" in capsys.readouterr().err
+    assert images.read(0)[0].shape == (3, 8, 8)
+    for names, complaint in ((("a\\1.png", "b/2.png"), "a\\\\1.png has a backslash"), (("a/1.png", "../b/2.png"), "leads out"),
+                             (("/a/1.png",), "leads out"), (("C:\\a\\1.png",), "leads out")):
+        with pytest.raises(InputError, match=complaint):
+            Images(pack(tmp_path / "wrong.zip", *names), 8)
+    flat = Images(pack(tmp_path / "pictures.zip", "holiday/1.png", "holiday/2.png"), 8)
+    assert flat.classes == ["holiday"] and "no class folders: all is one class, holiday" in capsys.readouterr().err
+    assert Images(pack(tmp_path / "v1.0.zip", "1.png"), 8).classes == ["v1.0"]
+
+
+def test_the_parent_of_splits_is_refused(tmp_path):
+    for name in ("train/a/1.png", "train/b/2.png", "val/3.png"):
+        dot(tmp_path / "data" / name)
+    with pytest.raises(InputError, match=f"holds train and val, which are no classes: give {tmp_path}/data/train"):
+        Images(tmp_path / "data", 8)
+    with pytest.raises(InputError, match="no classes"):
+        Images(pack(tmp_path / "data.zip", "data/train/a/1.png", "data/test/2.png"), 8)
+    assert Images(tmp_path / "data/train", 8).classes == ["a", "b"]
+    dot(tmp_path / "vehicles/train/1.png")
+    dot(tmp_path / "vehicles/test/1.png")
+    assert Images(tmp_path / "vehicles", 8).classes == ["test", "train"]              # no folders in them: classes
+
+
+def test_links(tmp_path, capsys):
+    data, store = tmp_path / "data", tmp_path / "store"
+    for name in ("a/1.png", "b/2.png"):
+        dot(data / name)
+    dot(store / "3.png")
+    dot(store / "deep/4.png")
+    (store / "round").symlink_to(store)
+    (data / "a/up").symlink_to("..")
+    (data / "a/loop").symlink_to(".")
+    (data / "b/other").symlink_to(data / "a")
+    (data / "b/gone.png").symlink_to("nowhere.png")
+    (data / "a/far.png").symlink_to(store / "3.png")
+    (data / "a/above").symlink_to(tmp_path)
+    (data / "c").symlink_to(store)
+    images = Images(data, 8)
+    assert images.paths == ["a/1.png", "a/far.png", "b/2.png", "c/3.png", "c/deep/4.png"]
+    assert images.labels.tolist() == [0, 0, 1, 2, 2]
+    said = capsys.readouterr().err
+    assert "5 links to what is here anyway" in said and "1 links to nothing" in said
+    (data / "d").symlink_to(store)
+    with pytest.raises(InputError, match="c and d are one folder"):
+        Images(data, 8)
+
+
+def test_what_is_no_image_is_left_out_and_counted(tmp_path, capsys, monkeypatch):
+    for name in ("a/1.png", "a/@eaDir/1.png/THUMB.png", "$RECYCLE.BIN/x.png", "lost+found/y.png", ".thumbnails/z.png",
+                 "a/shots.png/2.png"):
+        dot(tmp_path / name)
+    for name in ("a/1.HEIC", "a/2.heic", "a/read me.txt", "a/nothing"):
+        (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / "a/pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "a/s.png"))
+    images = Images(tmp_path, 8)
+    assert (images.classes, images.paths) == (["a"], ["a/1.png", "a/shots.png/2.png"])
+    said = capsys.readouterr().err
+    for part in ("4 hidden or of the system", "2 pipes, sockets or devices", "2 .heic", "1 .txt", "1 without a suffix"):
+        assert part in said
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("shots.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match="cannot read the folder .*shots.png/ .Permission denied"):
+        Images(tmp_path, 8)
+
+
+def test_names_of_numbers_and_of_strange_bytes(tmp_path, capsys):
+    for name in ("0", "1", "2", "10"):
+        dot(tmp_path / "numbers" / name / "x.png")
+    encode(tmp_path / "numbers", tmp_path / "out")
+    assert Latents(tmp_path / "out").classes == ["0", "1", "10", "2"]
+    assert "as text: 0 has 0, 1 has 1, 10 has 2, 2 has 3" in capsys.readouterr().out
+    for name in (b"ok.png", b"esc\x1b[2J.png", b"new\nline.png", b"latin\xe9.png"):
+        path = os.path.join(os.fsencode(tmp_path), b"strange", name)
+        dot(tmp_path / "strange/ok.png")
+        Path(os.fsdecode(path)).write_bytes(b"no image")
+    out = encode(tmp_path / "numbers", tmp_path / "out2")
+    with pytest.raises(InputError) as error:
+        encode(tmp_path / "strange", out.parent / "out3")
+    assert str(error.value).isprintable()
+    dot(tmp_path / "strange/ok.png")
+    encode(tmp_path / "strange", out.parent / "out3", "--skip-bad")
+    listed = (out.parent / "out3/skipped.txt").read_text()
+    assert listed.count("\n") == 3 and all(part in listed for part in ("esc\\x1b[2J.png", "new\\nline.png", "latin\\udce9.png"))
+
+
+def test_strips_take_little_memory(tmp_path):
+    """Each is a few kB as a file; enlarged, it would be gigabytes."""
+    program = f"""
+import resource, sys
+import numpy as np
+from PIL import Image
+from encode_latents import adm_crop
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+for width, height in ((20000, 2), (2, 20000), (60000, 1), (1, 60000)):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    pixels = adm_crop(image, 256)
+    assert pixels.shape == (256, 256, 3)
+    if width == 20000:                                    # the two passes of Pillow, cropped between them
+        wide = image.resize((width * 128, 2), Image.Resampling.BICUBIC)
+        left = (width * 128 - 256) // 2
+        whole = wide.crop((left, 0, left + 256, 2)).resize((256, 256), Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(whole).astype(int) - pixels).max() <= 1
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def test_metadata_never_stops_pixels():
+    rgb = picture(24, 20)
+    png = saved(Image.fromarray(rgb), "PNG")
+    head, rest = png[:33], png[33:]                           # signature and IHDR; then the pixels
+    long = zlib.compress(bytes(3_000_000))
+    odd = {"text": chunk(b"zTXt", b"workflow\0\0" + long), "international": chunk(b"iTXt", b"prompt\0\1\0\0\0" + long),
+           "profile": chunk(b"iCCP", b"p\0\0" + long), "method": chunk(b"zTXt", b"key\0\7" + long),
+           "checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"?", "exif": chunk(b"eXIf", b"II*\0\xff\xff\xff\xff broken")}
+    for name, part in odd.items():
+        for data in (head + part + rest, png[:-12] + part + png[-12:]):
+            assert np.array_equal(np.asarray(open_rgb(io.BytesIO(data))), rgb), name
+    jpeg = saved(Image.fromarray(rgb), "JPEG")
+    for body in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\10\0\2\1\22\0\7\0\0\0\1\0\0\0\0"):
+        data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+        assert np.array_equal(np.asarray(open_rgb(io.BytesIO(data))), np.asarray(Image.open(io.BytesIO(jpeg))))
+
+
+def test_large_images_and_formats_that_are_not_named(tmp_path, monkeypatch):
+    Image.new("1", (14000, 14000)).save(tmp_path / "large.png")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    images = Images(tmp_path, 8)
+    assert images.read(0)[0].shape == (3, 8, 8)
+    with pytest.raises(InputError, match="script.png is not a readable image .UnidentifiedImageError"):
+        images.read(1)
+    monkeypatch.setattr(encode_latents, "MAX_PIXELS", 10_000_000)
+    with pytest.raises(InputError, match="14000 x 14000 pixels, MFRAE_MAX_PIXELS is 10000000"):
+        images.read(0)
+
+
+def test_a_folder_that_holds_all_of_it(tmp_path, capsys):
+    """The command over most of the above at once."""
+    rgb = picture(24, 20)
+    png = saved(Image.fromarray(rgb), "PNG")
+    for name in ("a/1.png", "a/@eaDir/1.png/THUMB.png", "b/deep/2.png", "b/folder.png/3.png", "lost+found/x.png"):
+        dot(tmp_path / "data" / name)
+    data = tmp_path / "data"
+    (data / "a/text.png").write_bytes(png[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(3_000_000))) + png[33:])
+    (data / "a/strip.png").write_bytes(saved(Image.new("RGB", (20000, 2)), "PNG"))
+    (data / "a/script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    (data / "a/notes.txt").write_text("")
+    (data / "a/loop").symlink_to(".")
+    (data / os.fsdecode(b"b/\x1b\xff.png")).write_bytes(png)
+    os.mkfifo(data / "b/pipe.png")
+    latents = Latents(encode(data, tmp_path / "out", "--skip-bad"))
+    assert latents.classes == ["a", "b"] and latents.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert "1 unreadable and left out" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing wrong in silence
+# ----------------------------------------------------------------------------------------------------------------------
+def test_workers_need_no_shared_memory_and_are_missed(data):
+    """No file of theirs may grow beyond 4 kB, so shared memory is of no use; one that is killed ends the reading in one line."""
+    program = f"""
+import multiprocessing, os, resource, signal
+from encode_latents import Images, batches_of
+from model import InputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+batches = batches_of(Images({str(data)!r}, 64), [[i % 23, 3] for i in range(40)], workers=2)
+print(sum(len(x) for x, _ in [next(batches) for _ in range(20)]), flush=True)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+try:
+    list(batches)
+except InputError as error:
+    print(str(error).count("fewer --workers"), len(str(error).splitlines()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "40\n1 1\n", done.stderr
+
+
+def test_shards_of_others_are_noticed(data, encoded, copy, tmp_path, capsys):
+    other = encode(data, tmp_path / "other", "--encoder", encoder_folder("other", seed=4))
+    swaps = {"doubled": ("shard_00000", copy, "shard_00001"), "of another encoder": ("shard_00001", other, "shard_00001")}
+    for kind, (name, folder, place) in swaps.items():
+        shutil.copy(folder / f"{name}.safetensors", copy / f"{place}.safetensors")
+        (copy / "latents.json").unlink(missing_ok=True)
+        encode(data, copy)
+        assert f"{place}.safetensors is of other images or another encoder" in capsys.readouterr().err, kind
+        assert contents(copy) == contents(encoded)
+    shutil.copy(other / "latent_stats.safetensors", copy)
+    for read in (Latents, TrainingData, lambda folder: TrainingData(folder, data)):
+        with pytest.raises(InputError, match="latent_stats.safetensors is not of these latents.*--stats"):
+            read(copy)
+    with pytest.raises(InputError, match="latent_stats.safetensors is of other images"):
+        main(["--verify", "--out", str(copy)])
+    about = read_json(encoded / "latents.json")               # a description that names another encoder's shard
+    shutil.copy(encoded / "latent_stats.safetensors", copy)
+    shutil.copy(other / "shard_00002.safetensors", copy)
+    shards = [*about["shards"][:2], read_json(other / "latents.json")["shards"][2]]
+    write_json(copy / "latents.json", {**about, "shards": shards})
+    with pytest.raises(InputError, match="1 of 4 files are damaged.*shard_00002.*"):
+        main(["--verify", "--out", str(copy)])
+
+
+def test_identity_is_by_content(data, encoded, copy, tmp_path):
+    moved = shutil.copytree(copy, tmp_path / "moved")
+    assert TrainingData(moved).digest == TrainingData(encoded).digest
+    images, network = shutil.copytree(data, tmp_path / "elsewhere"), shutil.copytree(TINY, tmp_path / "network")
+    encode(images, moved, "--encoder", str(network))          # the same images and encoder elsewhere: it goes on
+    assert TrainingData(moved).digest == TrainingData(encoded).digest
+    assert TrainingData(moved).about["encoder"]["id"] == str(network)
+    assert TrainingData(moved, images).digest == TrainingData(copy, data).digest
+
+
+def test_latents_of_older_versions(data, encoded, copy, capsys):
+    """Notes in a tensor, no origin, an encoder of the form random:...: trained from, and gone on with."""
+    about = read_json(copy / "latents.json")
+    for shard in about["shards"]:
+        tensors, header = read_tensors(copy / shard["file"])
+        notes = torch.tensor(list(header["notes"].encode()), dtype=torch.uint8)
+        shard["sha256"] = write_tensors(copy / shard["file"], {**tensors, "notes": notes})
+    settings = read_json(copy / "encoding.json")
+    for text, name in ((about, "latents.json"), (settings, "encoding.json")):
+        del text["encoder"]["untrained"]
+        text["encoder"]["id"] = "random:width=16,depth=1,heads=2,patch=8,seed=3"
+        write_json(copy / name, text)
+    assert len(TrainingData(copy).dataset) == 23
+    with pytest.raises(InputError, match="sanity/random_encoder.py --out FOLDER --width 16 --depth 1 .* --encoder FOLDER"):
+        TrainingData(copy, data)
+    main(["--verify", "--out", str(copy)])
+    before = {name: whole for name, whole in contents(copy).items() if name.startswith("shard")}
+    encode(data, copy)
+    assert before == {name: whole for name, whole in contents(copy).items() if name.startswith("shard")}
+    TrainingData(copy, data)
+    assert "encoding it again" not in capsys.readouterr().err
+
+
+def test_broken_descriptions_are_one_line(copy, tmp_path):
+    about = read_json(copy / "latents.json")
+    shard = about["shards"][0]
+    wrong = [{"count": 10 ** 9}, {"shape": [16, 4]}, {"shape": [16, 4, 2 ** 40]}, {"shape": None}, {"classes": "abc"},
+             {"classes": []}, {"shards": [{**shard, "file": "../../etc/passwd"}]}, {"shards": [{**shard, "count": -1}]},
+             {"shards": 3}, {"encoder": []}, {"encoder": {**about["encoder"], "image_size": 10 ** 9}}, {"flips": 1},
+             {"data": None}, {"precision": "int8"}, {"count": 23.0}, {"statistics_sha256": None},
+             {"shards": [{**shard, "count": 10 ** 9}], "count": 10 ** 9}]
+    texts = [json.dumps({**about, **change}) for change in wrong]
+    texts += [json.dumps({k: v for k, v in about.items() if k != name}) for name in about if name not in ("dtype",)]
+    texts += ["[]", "3", "null", "{}", "[" * 100_000, "", "{\"a\": "]
+    for text in texts:
+        (copy / "latents.json").write_text(text)
+        for read in (Latents, TrainingData, lambda folder: main(["--verify", "--out", str(folder)])):
+            with pytest.raises(InputError) as error:
+                read(copy)
+            assert "\n" not in str(error.value), text[:200]
+    for text in ("[]", "3", "{}", '{"data": 3}'):
+        (copy / "encoding.json").write_text(text)
+        with pytest.raises(InputError):
+            encode(tmp_path, copy)
+
+
+def test_one_process_writes_a_folder(data, tmp_path):
+    """A second one is refused, and a user's own hidden file stays."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.important_tmp_backup").write_text("mine")
+    (tmp_path / "out/.shard_00000.safetensors.77.tmp").write_text("of a killed process")
+    hold = f"from model import hold; hold({str(tmp_path / 'out/.lock')!r}); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with pytest.raises(InputError, match="being written by another process .process"):
+            encode(data, tmp_path / "out")
+        first.communicate(b"\n")
+    encode(data, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob(".*")} == {".lock", ".important_tmp_backup"}
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", "0"), ("--workers", "-1"), ("--image-size", "-3"), ("--shard-size", "x"),
+                                   ("--encoder-size", "100000"), ("--image", "32")])
+def test_ranges_at_the_parser(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--data-path", str(tmp_path), "--out", str(tmp_path / "out"), *flags])
+    assert capsys.readouterr().err.count("\n") == 1 and not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_one_line(data, tmp_path):
+    """The files that fitted stay, and the same command goes on."""
+    program = f"""
+import resource, signal, sys
+import encode_latents, model
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+sys.argv[0] = "encode_latents.py"
+model.command(lambda: encode_latents.main(sys.argv[1:]))
+"""
+    flags = ["--data-path", data, "--out", tmp_path / "out", "--encoder", TINY, "--image-size", "32", "--encoder-size", "32",
+             "--workers", "0", "--shard-size"]
+    done = subprocess.run([sys.executable, "-c", program, *flags, "8"], cwd=SCRIPT.parent, capture_output=True, text=True)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "cannot write" in error and "space" in error, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "encoding.json"]
+
+
+RANDOM = {(64, 2, 4, 8, 0): "2eb7de805403026320986e27f0dfc0b60d0ddb3676da9947ced4801b617d96e6",
+          (16, 1, 2, 8, 3): "4bfc39c1004f23e12ad2d8ba1fbc036f38c73081d26fc817562d88cd16f77cb8",
+          (48, 2, 4, 4, 0): "01992781c357012e3e7794026b07f02c24df2f2c0223e02b86c9097df47fadf7",
+          (12, 1, 2, 4, 0): "76fa6375be83d48e950b3c9ec77fc2efc1724f431978f9f0f39c572eb2fdd95e"}
+
+
+@pytest.mark.parametrize("sizes", RANDOM)
+def test_random_encoder_is_the_one_of_older_versions(sizes, tmp_path):
+    """Digests of the encoders that `random:width=...` made on the spot."""
+    names = ("width", "depth", "heads", "patch", "seed")
+    assert Encoder(encoder_folder("e", tmp_path, **dict(zip(names, sizes, strict=True))), 32, 32).digest == RANDOM[sizes]
+
+
+def test_random_encoder_folder(tmp_path, capsys):
+    folder = Path(encoder_folder("e", tmp_path))
+    assert json.loads((folder / "config.json").read_text())["untrained"] is True
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    encoder_folder("e", tmp_path)
+    assert "is there" in capsys.readouterr().out and (folder / "model.safetensors").stat().st_mtime_ns == before
+    for sizes in (dict(seed=4), dict(patch=4), dict(width=32)):
+        with pytest.raises(InputError, match=f"holds other work .*{'seed' if 'seed' in sizes else '_size'}"):
+            encoder_folder("e", tmp_path, **sizes)
+    (folder / "config.json").unlink()                         # killed before it was written
+    encoder_folder("e", tmp_path)
+    assert (folder / "config.json").exists()
+    with pytest.raises(InputError, match="multiple of the heads"):
+        encoder_folder("f", tmp_path, width=15)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("")
+    with pytest.raises(InputError, match="something else"):
+        encoder_folder("mine", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
