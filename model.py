@@ -623,8 +623,7 @@ def provenance():
     try:
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    # no git here
-    except OSError:
+    except OSError:                               # no git here
         commit = ""
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else platform.machine() + " CPU"
@@ -748,8 +747,7 @@ def write_atomically(path, write):
     except Exception as error:
         try:
             beside.unlink(missing_ok=True)
-        # a read-only disk, or a file in the folder's place
-        except OSError:
+        except OSError:                           # a read-only disk, or a file in the folder's place
             pass
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
@@ -899,16 +897,27 @@ def find(source):
         made = str(source) in ("runs/teacher", "runs/cmt", "runs/meanflow")
         how = f": python train_{parts[1]}.py makes it" if made else ""
         raise InputError(f"{source} does not exist{how}")
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, logging, snapshot_download
+    logging.set_verbosity_error()                 # the one line below says it all
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
+
+    def fetch(**how):
         if path.suffix in (".pt", ".safetensors"):
-            return Path(hf_hub_download(repository, inside))
+            return Path(hf_hub_download(repository, inside, **how))
         patterns = [f"{inside}/*"] if inside else ["*.json", "*.safetensors"]
-        return Path(snapshot_download(repository, allow_patterns=patterns)) / inside
-    # Offline, absent, forbidden, ...: a dozen kinds.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        return Path(snapshot_download(repository, allow_patterns=patterns, **how)) / inside
+    try:
+        cached = fetch(local_files_only=True)
+        if any(cached.glob("*.safetensors")) or cached.is_file():
+            return cached
+    except Exception:                             # not in the cache, or not whole there
+        pass
+    say(f"{source} is not here: asking the Hugging Face Hub")
+    try:
+        HfApi().repo_info(repository, timeout=30)
+        return fetch()
+    except Exception as error:                    # offline, absent, forbidden, ...: a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{source} is neither here nor could it be had from the Hub ({reason})") from error
 
 
@@ -920,20 +929,36 @@ def read_plain(path):
         return tensors, header.get("sha256")
     try:
         return torch.load(path, map_location="cpu", weights_only=True), None
-    # Cut files and refused pickles raise half a dozen types.
-    except Exception as error:
-        raise InputError(f"{path} is no file of plain tensors ({type(error).__name__}): cut short, "
-                         "or a pickle that would run code, which is refused") from error
+    except Exception as error:                    # cut files and refused pickles raise half a dozen types
+        hint = "it is cut short, or no .pt file"
+        if "weights_only" in str(error):
+            hint = ("it holds objects that could run code. Where you trust it, save its tensors alone: "
+                    f"torch.save(torch.load({path.name!r}, weights_only=False)['ema'], 'weights.pt')")
+        raise InputError(f"cannot read {path} ({type(error).__name__}): {hint}") from error
+
+
+# What DDP, torch.compile and other trainers put before every name.
+PREFIXES = ("module.", "_orig_mod.", "decoder.", "model.", "net.")
 
 
 def read_state(path):
-    """-> (state dict, its digest) of a .safetensors file, or of a .pt, bare or under "ema" or "model"."""
+    """-> (state dict, its digest) of a .safetensors file, or of a .pt, bare or under "ema" or "model".
+
+    A prefix that all names share is taken off."""
     state, digest = read_plain(path)
     if isinstance(state, dict):
         state = state.get("ema", state.get("model", state))
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    state = dict(state) if isinstance(state, dict) else {}
+    state.pop("step", None)
+    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path} holds no state dict (name -> tensor), "
                          "neither bare nor under 'ema' or 'model'")
+    taken = ""
+    while shared := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)]:
+        state = {name.removeprefix(shared[0]): tensor for name, tensor in state.items()}
+        taken += shared[0]
+    if taken:
+        say(f"{path}: the prefix {taken} of all names is taken off")
     return state, digest or (digest_of(state) if is_first() else "")
 
 
@@ -998,7 +1023,8 @@ def dit_arguments(state, depth=None):
             num_heads=tuple(w // state[f"{tower}_feat_rope.freqs_cos"].shape[1] for w, tower in towers),
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"not a DiT-DH: its state dict has no such {error}") from error
+        raise InputError(f"not a DiT-DH: {error} is missing or misshapen; the first names are "
+                         f"{', '.join(list(state)[:3])}") from error
 
 
 def load_network(source, kind=None, new="", num_classes=None, weights=True):
@@ -1079,7 +1105,8 @@ def decoder_arguments(state, num_heads=None):
             mlp_size=len(state["decoder_layers.0.intermediate.dense.bias"]),
             patch_size=math.isqrt(len(state["decoder_pred.bias"]) // 3))
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError("not a decoder of a known size: see DECODER_PRESETS in model.py") from error
+        raise InputError(f"not a decoder of a size in DECODER_PRESETS: {error} is missing or misshapen; "
+                         f"the first names are {', '.join(list(state)[:3])}") from error
 
 
 DIFFUSERS_NAMES = (
