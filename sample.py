@@ -307,6 +307,15 @@ def read_labels(text, classes):
     return [number[name] for name in names]
 
 
+def default_out(args):
+    """samples/NETWORK_NFE, of a state samples/NETWORK_STEP_NFE."""
+    path = Path(re.sub(r"\.(pt|safetensors)$", "", os.path.abspath(args.network)))
+    state = re.fullmatch(r"state_0*(\d+)", path.name)
+    name = f"{path.parent.name}_{state[1]}" if state else path.name
+    step = f"_{args.state}" if args.state else ""
+    return f"samples/{name}{step}_{args.nfe}"
+
+
 def introduce(args, net, weak, classes, text):
     """The first lines of a run: what it is."""
     kind = "teacher" if net.r_embedder is None else "student"
@@ -327,9 +336,7 @@ def main(argv=None):
     args.labels = read_labels(args.labels, classes)
     v = None if net.r_embedder else guided(net, args.guidance, args.guidance_interval, weak)
 
-    name = re.sub(r"\.(pt|safetensors)$", "", os.path.basename(os.path.abspath(args.network)))
-    name += f"_{args.state}" * bool(args.state) + f"_{args.nfe}"
-    out = Path((args.out or f"samples/{name}").removesuffix(".npz") + ".npz")
+    out = Path((args.out or default_out(args)).removesuffix(".npz") + ".npz")
     size = decoder.shape[1] * decoder.patch_size
     shape = args.num_samples, size, size, 3
     starts = range(0, args.num_samples, args.batch_size)
@@ -339,7 +346,7 @@ def main(argv=None):
         introduce(args, net, weak, classes, text)
         # Contents, not paths: what is moved is the same.
         others = "state", "compile", "out", "grid", "png"
-        settings = {k: v for k, v in vars(args).items() if k not in others} | {
+        settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
             "network": net.digest, "weak_teacher": weak and weak.digest,
             "decoder": digest_of(decoder.state_dict()),
             "stats": digest_of({"mean": stats[0], "var": stats[1]})}

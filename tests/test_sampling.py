@@ -146,6 +146,36 @@ def test_first_lines_say_what_it_is(place, tmp_path, capsys):
     assert labels == "labels: 1 (dog), 0 (cat), 2 (2)"
 
 
+SIX_LINES = """
+net, config, stats = load_network("runs/meanflow")
+decoder, _ = load_decoder("runs/decoder")
+z, y = noise_and_labels(range(4), seed=0, shape=net.shape, num_classes=net.num_classes)
+with torch.no_grad():
+    images = to_uint8(decoder(denormalize(generate(net, z, y, nfe=1), stats)))
+Image.fromarray(images[0].numpy()).save("image.png")
+"""
+
+
+def test_six_lines(place, tmp_path, monkeypatch):
+    """From a network's folder to a PIL image: image 0 is that of sample.py."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(place / "student", tmp_path / "runs" / "meanflow")
+    shutil.copytree(place / "decoder", tmp_path / "runs" / "decoder")
+    imports = ("import torch\nfrom PIL import Image\nfrom model import denormalize, load_decoder, load_network\n"
+               "from sample import generate, noise_and_labels, to_uint8\n")
+    exec(imports + SIX_LINES, {})
+    images, _ = run(place, "student", tmp_path / "a.npz", "--batch-size", 4)
+    assert numpy.array_equal(numpy.asarray(Image.open("image.png")), images[0])
+
+
+@pytest.mark.parametrize(("argv", "name"), [
+    (["runs/w1.0"], "w1.0_2"), (["a/student.pt"], "student_2"), (["runs/mf/"], "mf_2"), (["org/x/model.safetensors"], "model_2"),
+    (["runs/mf", "--state", "50"], "mf_50_2"), (["runs/mf/state_00000050.safetensors"], "mf_50_2")])
+def test_default_names(argv, name):
+    assert sample.default_out(sample.parse_args([*argv, "--nfe", "2"])) == f"samples/{name}"
+
+
 # ---- what a sample file is known by --------------------------------------------------------------------------
 def test_identity_is_by_content(place, tmp_path):
     """A network that was moved is the same; one that was trained on, another decoder, other statistics are not."""
