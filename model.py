@@ -530,8 +530,11 @@ def say(text, stream=None):
     """Print a line at once. A pipe or terminal that is gone ends no run."""
     name = "stderr" if stream is not None and stream is sys.stderr else "stdout"
     try:
+        # A file's name may hold what the terminal cannot show.
+        encoding = getattr(sys, name).encoding or "utf-8"
+        text = str(text).encode(encoding, "backslashreplace").decode(encoding)
         print(text, file=getattr(sys, name), flush=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         setattr(sys, name, open(os.devnull, "w"))
 
 
@@ -657,7 +660,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """Fill in defaults, refuse what would do nothing. rows: (flag, is it used, default, "why not")."""
         for flag, used, default, why in rows:
             name = flag.lstrip("-").replace("-", "_")
-            if getattr(args, name) in (None, False):
+            value = getattr(args, name)
+            if value is None or value is False:
                 setattr(args, name, default)
             elif not used:
                 self.error(f"{flag} does nothing {why}: leave it out")
@@ -766,6 +770,7 @@ def hold(path, *names):
     import fcntl
     import platform
     path = Path(path)
+    what = path.parent if path.name == ".lock" else path.with_name(path.name[1:].removesuffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
@@ -776,10 +781,9 @@ def hold(path, *names):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            raise InputError(
-                f"{path.parent} is being written by another process ({file.read().strip()}): "
-                "wait for it or end it, or give another --out") from error
-        say(f"warning: no locks on this disk ({error}): start nothing twice in {path.parent}", sys.stderr)
+            raise InputError(f"{what} is being written by another process ({file.read().strip()}): "
+                             "wait for it or end it, or give another --out") from error
+        say(f"warning: no locks on this disk ({error}): start nothing twice for {what}", sys.stderr)
     else:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -1071,21 +1075,21 @@ def load_network(source, kind=None, new="", num_classes=None, weights=True):
 def load_decoder(source):
     """A ViTDecoder from a folder of ours, a published .pt, diffusers' `AutoencoderRAE`, or the Hub.
 
-    Returns (decoder on the CPU, stats or None)."""
+    Returns (decoder on the CPU, stats or None); decoder.digest: of what it is, wherever it lies."""
     path, config, stats = find(source), {}, None
     if path.is_dir():
         config = read_json(path / "config.json", digest=False)
         if config.get("_class_name") == "AutoencoderRAE":
-            tensors, _ = read_state(path / "diffusion_pytorch_model.safetensors")
-            return decoder_from_diffusers(tensors, config)
+            return decoder_from_diffusers(*read_state(path / "diffusion_pytorch_model.safetensors"), config)
         if config.get("kind") != "decoder":
             raise InputError(f"{source} is a {config.get('kind')}, not a decoder")
         stats = load_stats(path / "latent_stats.safetensors")
         path = path / "model.safetensors"
-    state, _ = read_state(path)
+    state, digest = read_state(path)
     found = decoder_arguments(state, config.get("network", {}).get("num_heads"))
     decoder = build(ViTDecoder, config.get("network") or found, found)
     load_strictly(decoder, state)
+    decoder.digest = digest_of_text(digest, found)
     return decoder, stats
 
 
@@ -1116,7 +1120,7 @@ DIFFUSERS_NAMES = (
     ("attention.output.dense", "attention.to_out.0"))
 
 
-def decoder_from_diffusers(tensors, config):
+def decoder_from_diffusers(tensors, digest, config):
     """(decoder, stats or None) of an `AutoencoderRAE` folder, which stores sqrt(var + 1e-5)."""
     prefix = "decoder."
     state = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
@@ -1142,6 +1146,7 @@ def decoder_from_diffusers(tensors, config):
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"this AutoencoderRAE folder lacks {error}") from error
     load_strictly(decoder, state)
+    decoder.digest = digest_of_text(digest, arguments)
     stats = None
     if std.numel() != 1:
         stats = mean.expand(decoder.shape).clone(), std.square() - 1e-5

@@ -348,7 +348,7 @@ def main(argv=None):
         others = "state", "compile", "out", "grid", "png"
         settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
             "network": net.digest, "weak_teacher": weak and weak.digest,
-            "decoder": digest_of(decoder.state_dict()),
+            "decoder": decoder.digest,
             "stats": digest_of({"mean": stats[0], "var": stats[1]})}
         claim(out, settings, math.prod(shape))
     barrier()

@@ -272,8 +272,8 @@ def main(argv=None):
     # The student, the average of its weights, which is what is saved to sample from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations
     average = copy.deepcopy(student).requires_grad_(False)
-    pairs = zip(student.parameters(), average.parameters(), strict=True)
-    weights, averages = zip(*((p, mean) for p, mean in pairs if p.requires_grad), strict=True)
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    weights, averages = ([net.get_parameter(name) for name in trained] for net in (student, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     whole_run = (student, average, optimizer, config, stats)
     first_step, seconds = load_newest_state(out, run, *whole_run)
@@ -312,7 +312,7 @@ def main(argv=None):
         # Clip, step, average
         grad_norm = nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
         for of_loss in numbers[-len(micro_batches):]:
-            of_loss["grad_norm"] = grad_norm
+            of_loss["grad_norm"] = grad_norm                  # the last of its numbers
         lr = optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)           # DDP's gradients are views of its buckets

@@ -1,15 +1,17 @@
 """Stage 3: MeanFlow in the latent space, by distillation (MFD) or training (MFT): a student h(z_t, t, y, s)
 for one or two jumps.
 
-From the MeanFlow identity h = v - (t - s) dh/dt (arXiv 2505.13447), with the transport derivative
-dh/dt = (dh/dz) v + dh/dt|_z:
+From data (t = 0) to noise (t = 1) leads z_t = (1 - t) z_0 + t eps; h is the mean velocity over [s, t], s <= t:
+one jump is z_s = z_t - (t - s) h.
+The MeanFlow identity h = v - (t - s) dh/dt (arXiv 2505.13447) makes it a loss:
 
+    w = (1 - eta) (eps - z_0) + eta v(z_t, t, y)            the velocity
+    u = w - (t - s) dh/dt,    dh/dt = (dh/dz) w + dh/dt|_z  the target
     || h(z_t, t, y, s) - stopgrad(u) ||^2
-    u = w - (t - s) dh/dt,    w = (1 - eta) (eps - z_0) + eta v(z_t, t, y)
- eta = 1 is MFD: the teacher's velocity v in place of the one-point velocity; low variance, the teacher's
-bias. eta = 0 is MFT: no bias, high variance; a short run after MFD (MF-RAE, arXiv 2511.13019, section 3).
-For three rows in four s = t, where the loss is flow matching (or its distillation) and no derivative is
-needed.
+
+eta = 1 is MFD: the teacher's velocity v in place of the one-point velocity; low variance, the teacher's bias.
+eta = 0 is MFT: no bias, high variance; a short run after MFD (MF-RAE, arXiv 2511.13019, section 3).
+For three rows in four s = t: the loss is flow matching (or its distillation) and needs no derivative.
 
     python train_meanflow.py                          # one GPU (or CPU): runs/cmt -> runs/meanflow
     torchrun --nproc_per_node=8 train_meanflow.py     # eight GPUs
@@ -39,69 +41,27 @@ from model import (
     say, stop_signal, time_shift, whole)
 
 
-def transport_derivative(h, z, t, y, s, w, derivative="jvp", delta_t=0.005, h_t=None, jvp=torch.func.jvp):
-    """dh/dt along the flow dz/dt = w, with s fixed: (dh/dz) w + dh/dt|_z. Without gradient.
-
-    h: (z, t, y, s) -> mean velocity; z, w: (B, ...); t, s: (B,), 0 <= s <= t <= 1; y: (B,) int.
-    derivative: "jvp", exact; "fd", finite differences of step delta_t that stay within [s, 1], second order
-    everywhere; "fd-central", the published stencil, which leaves it (MF-RAE, eq. 12).
-    h_t: h(z, t, y, s), if it is known. jvp: torch.func.jvp, or for a DiTDH, which may be compiled,
-    model.pairwise_jvp. Returns (B, ...)."""
-    if derivative == "jvp":
-        # torch's fused attention has no forward-mode derivative.
-        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return jvp(lambda z, t: h(z, t, y, s), (z, t), (w, torch.ones_like(t)))[1]
-
-    # A finite difference in reduced precision is noise / delta_t: true float32, whatever is set outside.
-    precision = torch.get_float32_matmul_precision()
-    reduced = precision != "highest" or torch.is_autocast_enabled(z.device.type)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            d = torch.full_like(t, delta_t)
-            central = ((t + d <= 1) & (t - d >= s)) | (derivative == "fd-central")
-            forward = ~central & (t + 2 * d <= 1)
-            # A backward one never goes below s.
-            d = torch.where(central | forward, d, torch.minimum(d, (t - s) / 2).clamp(min=1e-6))
-            # dh/dt = (c_a h(t + a d) + c_b h(t + b d) + c_t h(t)) / d, each row by one of
-            stencils = [  # a, b, c_a, c_b, c_t
-                (1.0, -1.0, 0.5, -0.5, 0.0),      # central
-                (1.0, 2.0, 2.0, -0.5, -1.5),      # forward
-                (-1.0, -2.0, -2.0, 0.5, 1.5)]     # backward
-            a, b, c_a, c_b, c_t = (torch.where(central, first, torch.where(forward, second, third))
-                                   for first, second, third in zip(*stencils, strict=True))
-            z_ab = torch.cat([z + per_row(x * d, z) * w for x in (a, b)])
-            h_a, h_b = h(z_ab, torch.cat([t + a * d, t + b * d]), y.repeat(2), s.repeat(2)).chunk(2)
-            if h_t is None or reduced:
-                h_t = h(z, t, y, s)
-            return sum(per_row(c / d, z) * x for c, x in ((c_a, h_a), (c_b, h_b), (c_t, h_t)))
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def per_row(x, like):
-    """(B,) -> (B, 1, ...), to be multiplied with `like`."""
-    return x.reshape(-1, *[1] * (like.ndim - 1))
-
-
 def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.005, loss_form="published",
                   loss_power=1.0, loss_eps=1e-3, rows=slice(None), h_fixed=None, jvp=torch.func.jvp):
     """The MeanFlow objective with the proxy velocity w of eta (MF-RAE, eq. 9 to 11).
 
-    h: (z, t, y, s) -> mean velocity; v: (z, t, y) -> the teacher's velocity (not called for eta = 0). z_0,
-    eps: (B, ...) data and noise; t, s: (B,), 0 <= s <= t <= 1; y: (B,) int labels, dropped already.
-    derivative, delta_t, jvp: see transport_derivative. rows: those where s < t may hold; elsewhere s = t,
-    and no derivative is taken. h_fixed: h for the derivative: under DDP, the network inside it. Default: h.
+    h: (z, t, y, s) -> mean velocity; v: (z, t, y) -> the teacher's velocity (not called for eta = 0).
+    z_0, eps: (B, ...) data and noise; t, s: (B,), 0 <= s <= t <= 1; y: (B,) int labels, dropped already.
+    derivative, delta_t, jvp: see transport_derivative.
+    rows: those where s < t may hold; elsewhere s = t, and no derivative is taken.
+    h_fixed: theta^- of the paper, h for the derivative: under DDP, the network inside it. Default: h.
     loss_form, loss_power, loss_eps: a sample's loss is q / stopgrad(q + loss_eps)^loss_power, with q its
     mean squared error ("mean") or the square of its summed squared error ("published"). Power 0: q itself.
-    Returns (loss, numbers for the log): mse, the mean squared error per element; mse_flow and mse_jump, that
-    of the rows with s = t and with s < t, as (sum, count); root mean squares of w and of (t - s) dh/dt."""
+    Published, the loss is about 1 whatever happens: look at mse.
+    Returns (loss, numbers for the log): mse, the mean squared error per element; mse_flow and mse_jump,
+    that of the rows with s = t and with s < t, as (sum, count); root mean squares of w and (t - s) dh/dt."""
     z_t = per_row(1 - t, eps) * z_0 + per_row(t, eps) * eps
     h_t = h(z_t, t, y, s)
     with torch.no_grad():
         w = (1 - eta) * (eps - z_0)
         if eta > 0:
             w = w + eta * v(z_t, t, y)
+        # u = w - (t - s) dh/dt; where s = t, u = w. h is evaluated again: without gradient, for few rows.
         at_rows = [x[rows].contiguous() for x in (z_t, t, y, s, w)]
         dh_dt = transport_derivative(h_fixed or h, *at_rows, derivative, delta_t, h_t[rows], jvp)
         u = w.clone()
@@ -114,15 +74,63 @@ def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.
 
     mse, jump = mse.detach(), (s < t).float()
     numbers = {"loss": loss.detach(), "mse": mse.mean(), "rms_w": w.square().mean().sqrt(),
-               "rms_derivative": (u - w)[rows].square().mean().sqrt()}
+               "rms_correction": (u - w)[rows].square().mean().sqrt()}
     for name, kind in (("mse_flow", 1 - jump), ("mse_jump", jump)):
         numbers[name] = torch.stack([(kind * mse).sum(), kind.sum()])
     return loss, numbers
 
 
+def transport_derivative(h, z, t, y, s, w, derivative="jvp", delta_t=0.005, h_t=None, jvp=torch.func.jvp):
+    """dh/dt along the flow dz/dt = w, with s fixed: (dh/dz) w + dh/dt|_z. Without gradient.
+
+    h: (z, t, y, s) -> mean velocity; z, w: (B, ...); t, s: (B,), 0 <= s <= t <= 1; y: (B,) int.
+    derivative: "jvp", exact; "fd", finite differences of step delta_t that stay within [s, 1], second order
+    everywhere; "fd-central", the published stencil, which leaves it (MF-RAE, eq. 12).
+    h_t: h(z, t, y, s), if it is known. jvp: torch.func.jvp, or for a DiTDH, which may be compiled,
+    model.pairwise_jvp. Returns (B, ...)."""
+    if derivative == "jvp":
+        # torch's fused attention has no forward-mode derivative.
+        with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return jvp(lambda z, t: h(z, t, y, s), (z, t), (w, torch.ones_like(t)))[1]
+    # A finite difference in reduced precision is noise / delta_t: true float32, whatever is set outside.
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest" or torch.is_autocast_enabled(z.device.type):
+        h_t = None
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return finite_difference(h, z, t, y, s, w, delta_t, derivative == "fd-central", h_t)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def finite_difference(h, z, t, y, s, w, delta_t, all_central, h_t):
+    """(c_a h(t + a d) + c_b h(t + b d) + c_t h(t)) / d along the flow, by the stencil that fits each row."""
+    d = torch.full_like(t, delta_t)
+    central = ((t + d <= 1) & (t - d >= s)) | all_central
+    forward = ~central & (t + 2 * d <= 1)
+    # A backward one ends at s, but for rounding where s = t.
+    d = torch.where(central | forward, d, torch.minimum(d, (t - s) / 2).clamp(min=1e-6))
+    # Offsets a, b and coefficients c_a, c_b, c_t
+    if_central = (1.0, -1.0, 0.5, -0.5, 0.0)
+    if_forward = (1.0, 2.0, 2.0, -0.5, -1.5)
+    if_backward = (-1.0, -2.0, -2.0, 0.5, 1.5)
+    a, b, c_a, c_b, c_t = (torch.where(central, x, torch.where(forward, x_forward, x_backward)) for
+                           x, x_forward, x_backward in zip(if_central, if_forward, if_backward, strict=True))
+    z_ab = torch.cat([z + per_row(x * d, z) * w for x in (a, b)])
+    h_a, h_b = h(z_ab, torch.cat([t + a * d, t + b * d]), y.repeat(2), s.repeat(2)).chunk(2)
+    h_t = h(z, t, y, s) if h_t is None else h_t
+    return sum(per_row(c / d, z) * x for c, x in ((c_a, h_a), (c_b, h_b), (c_t, h_t)))
+
+
+def per_row(x, like):
+    """(B,) -> (B, 1, ...), to be multiplied with `like`."""
+    return x.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def draw(seed, step, rows, shape, device):
-    """What is random in rows [start, stop) of a step: u ~ U(0, 1) (B, 2), eps ~ N(0, I) (B, C, H, W), and the
-    uniforms of label dropout (B,)."""
+    """What is random in rows [start, stop) of a step: times ~ U(0, 1) (B, 2), eps ~ N(0, I) (B, C, H, W),
+    and the uniforms of label dropout (B,)."""
     blocks = []
     for g in generators(device, rows, seed, "meanflow", step):
         on = dict(generator=g, device=device)
@@ -322,8 +330,8 @@ def main(argv=None):
     # The student, the average of its weights, which is what is saved to sample from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations
     average = copy.deepcopy(student).requires_grad_(False)
-    pairs = zip(student.parameters(), average.parameters(), strict=True)
-    weights, averages = zip(*((p, mean) for p, mean in pairs if p.requires_grad), strict=True)
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    weights, averages = ([net.get_parameter(name) for name in trained] for net in (student, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     whole_run = (student, average, optimizer, config, stats)
     first_step, seconds = load_newest_state(out, run, *whole_run)
@@ -345,8 +353,8 @@ def main(argv=None):
         for rows in micro_batches:
             # Draw
             z_0, y = next(batches)
-            u, eps, p = draw(args.seed, step, rows, data.shape, device)
-            s, t = time_shift(u, config["time_shift"]).sort(dim=1).values.unbind(1)
+            times, eps, p = draw(args.seed, step, rows, data.shape, device)
+            s, t = time_shift(times, config["time_shift"]).sort(dim=1).values.unbind(1)
             s[1::4], s[2::4], s[3::4] = t[1::4], t[2::4], t[3::4]       # three rows in four: s = t
             # Labels are dropped once, for all evaluations of a row.
             y = torch.where(p < args.label_dropout, student.num_classes, y)
@@ -364,7 +372,7 @@ def main(argv=None):
         # Clip, step, average
         grad_norm = nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
         for of_loss in numbers[-len(micro_batches):]:
-            of_loss["grad_norm"] = grad_norm
+            of_loss["grad_norm"] = grad_norm                  # the last of its numbers
         lr = optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)           # DDP's gradients are views of its buckets

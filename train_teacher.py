@@ -206,8 +206,8 @@ def main(argv=None):
     # The average of the weights, which is what is saved to sample from, and the optimizer
     net.to(device).checkpoint_activations = args.checkpoint_activations
     average = copy.deepcopy(net).requires_grad_(False)
-    pairs = zip(net.parameters(), average.parameters(), strict=True)
-    weights, averages = zip(*((p, mean) for p, mean in pairs if p.requires_grad), strict=True)
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    weights, averages = ([x.get_parameter(name) for name in trained] for x in (net, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     whole_run = (net, average, optimizer, config, stats)
     first_step, seconds = load_newest_state(out, run, *whole_run)
@@ -242,7 +242,7 @@ def main(argv=None):
         # Clip, step, average
         grad_norm = nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
         for of_loss in numbers[-len(micro_batches):]:
-            of_loss["grad_norm"] = grad_norm
+            of_loss["grad_norm"] = grad_norm                  # the last of its numbers
         lr = optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)           # DDP's gradients are views of its buckets
