@@ -1,7 +1,7 @@
 """Stage 3: MeanFlow in the latent space, by distillation (MFD) or training (MFT): a student h(z_t, t, y, s)
 for one or two jumps.
 
-From data (t = 0) to noise (t = 1) leads z_t = (1 - t) z_0 + t eps; h is the mean velocity over [s, t], s <= t:
+From data (t = 0) to noise (t = 1): z_t = (1 - t) z_0 + t eps. h is the mean velocity over [s, t], s <= t:
 one jump is z_s = z_t - (t - s) h.
 The MeanFlow identity h = v - (t - s) dh/dt (arXiv 2505.13447) makes it a loss:
 
