@@ -449,7 +449,7 @@ def read_description(folder):
         counts = [shard["count"] for shard in shards]
         texts = [*classes, *(shard["sha256"] for shard in shards), encoder["id"], encoder["sha256"],
                  about["statistics_sha256"], about["data"]["name"]]
-        fits = [type(classes) is list, len(shape) == 3, about["count"] == sum(counts) > 0,
+        fits = [type(classes) is list and classes, len(shape) == 3, about["count"] == sum(counts) > 0,
                 all(type(n) is int and 0 < n <= 2 ** 14 for n in sizes),
                 all(type(n) is int and n >= 0 for n in [*counts, about["count"]]),
                 all(isinstance(text, str) for text in texts),
@@ -561,9 +561,8 @@ def batches_of(dataset, sampler, workers, pin=False):
     """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes. Arrays
     come through pipes: /dev/shm may be small. pin: into memory that a GPU copies from.
     InputError: a process died."""
-    def received(batch):
-        tensors = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
-        return tuple(x.pin_memory() if pin and isinstance(x, torch.Tensor) else x for x in tensors)
+    def pinned(batch):
+        return tuple(x.pin_memory() if pin and isinstance(x, torch.Tensor) else x for x in batch)
 
     def ask(worker):
         for indices in itertools.islice(plan, 1):
@@ -571,31 +570,34 @@ def batches_of(dataset, sampler, workers, pin=False):
             asked.append(worker)
 
     def end():
-        for process, _ in running:
+        for process, *_ in running:
             process.kill()                        # they only read, and heed no other signal
 
     plan, running, asked = iter(sampler), [], deque()
     if not workers:
-        yield from (received(dataset.__getitems__(indices)) for indices in plan)
+        yield from (pinned(dataset.__getitems__(indices)) for indices in plan)
         return
     atexit.register(end)
     try:
         for _ in range(workers):
-            ours, theirs = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=read_ahead, args=(dataset, theirs), daemon=True)
+            requests, asking = multiprocessing.Pipe(duplex=False)
+            answers, answering = multiprocessing.Pipe(duplex=False)
+            ends = requests, answering
+            process = multiprocessing.Process(target=read_ahead, args=(dataset, *ends), daemon=True)
             process.start()
-            theirs.close()
-            running.append((process, ours))
+            for end_of_it in ends:
+                end_of_it.close()
+            running.append((process, asking, answers))
         # Two batches of each: it reads the second while the first one is on its way.
         for worker in running * 2:
             ask(worker)
         while asked:
-            process, connection = worker = asked.popleft()
-            batch = connection.recv()
+            process, _, answers = worker = asked.popleft()
+            batch = receive(answers)
             ask(worker)
             if isinstance(batch, Exception):
                 raise batch
-            yield received(batch)
+            yield pinned(batch)
     except (EOFError, OSError) as error:
         process.join(5)
         raise InputError(f"a process that reads ahead has ended (status {process.exitcode}; -9: killed, "
@@ -605,7 +607,35 @@ def batches_of(dataset, sampler, workers, pin=False):
         atexit.unregister(end)
 
 
-def read_ahead(dataset, connection):
+def send(connection, batch):
+    """A batch, or an exception: its tensors' bytes follow what else it is, copied by the system alone."""
+    if isinstance(batch, Exception):
+        return connection.send(batch)
+    arrays = [x.numpy() if isinstance(x, torch.Tensor) else None for x in batch]
+    connection.send([x if a is None else (a.shape, a.dtype) for x, a in zip(batch, arrays, strict=True)])
+    connection.send([a is not None for a in arrays])
+    for array in arrays:
+        view = memoryview(b"" if array is None else array.reshape(-1).view(np.uint8))
+        while view:
+            view = view[os.write(connection.fileno(), view):]
+
+
+def receive(connection):
+    batch = connection.recv()
+    for i, tensor in enumerate([] if isinstance(batch, Exception) else connection.recv()):
+        if tensor:
+            array = np.empty(*batch[i])
+            view = memoryview(array.reshape(-1).view(np.uint8))
+            while view:
+                n = os.readv(connection.fileno(), [view])
+                if not n:
+                    raise EOFError
+                view = view[n:]
+            batch[i] = torch.from_numpy(array)
+    return batch
+
+
+def read_ahead(dataset, requests, answers):
     """A worker. A signal to the whole group, torchrun's way, is the training's to act on, not its."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
@@ -614,17 +644,16 @@ def read_ahead(dataset, connection):
     with ThreadPoolExecutor(1) as sender:
         while True:
             try:
-                indices = connection.recv()
+                indices = requests.recv()
             except (EOFError, OSError):           # the training has ended
                 return
             try:
                 batch = dataset.__getitems__(indices)
-                batch = [x.numpy() if isinstance(x, torch.Tensor) else x for x in batch]
             except Exception as error:
                 batch = error
             if sent and sent.exception():
                 return
-            sent = sender.submit(connection.send, batch)
+            sent = sender.submit(send, answers, batch)
 
 
 class TrainingData:
