@@ -30,8 +30,7 @@ import stat
 import sys
 import time
 import zipfile
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,11 +39,33 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from model import (
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, digest_of_text, find,
-    generator, hold, is_first, launch, load_stats, number, read_json, read_tensors, refuse_other, say, whole,
-    write_atomically, write_json, write_tensors)
+    IMAGE_MEAN,
+    IMAGE_STD,
+    ArgumentParser,
+    InputError,
+    barrier,
+    command,
+    digest_of,
+    digest_of_text,
+    find,
+    generator,
+    hold,
+    is_first,
+    launch,
+    load_stats,
+    number,
+    read_json,
+    read_tensors,
+    refuse_other,
+    say,
+    whole,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 
 DINOV2 = "facebook/dinov2-with-registers-base"
 SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
@@ -558,102 +579,38 @@ class RowSampler:
 
 
 def batches_of(dataset, sampler, workers, pin=False):
-    """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes. Arrays
-    come through pipes: /dev/shm may be small. pin: into memory that a GPU copies from.
-    InputError: a process died."""
-    def pinned(batch):
-        return tuple(x.pin_memory() if pin and isinstance(x, torch.Tensor) else x for x in batch)
+    """The data set's batches, as its __getitems__ returns them, read ahead by `workers` processes.
 
-    def ask(worker):
-        for indices in itertools.islice(plan, 1):
-            worker[1].send(indices)
-            asked.append(worker)
-
-    def end():
-        for process, *_ in running:
-            process.kill()                        # they only read, and heed no other signal
-
-    plan, running, asked = iter(sampler), [], deque()
-    if not workers:
-        yield from (pinned(dataset.__getitems__(indices)) for indices in plan)
-        return
-    atexit.register(end)
+    Their arrays come through pipes, as numpy's: /dev/shm may be small.
+    pin: into memory that a GPU copies from.
+    A worker that is lost ends the program with one line (model.command)."""
+    ending = multiprocessing.Value("b", False, lock=False)
+    atexit.register(setattr, ending, "value", True)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=as_arrays,
+                        worker_init_fn=functools.partial(outlive_signals, ending),
+                        generator=torch.Generator())    # else it draws from the global one
     try:
-        for _ in range(workers):
-            requests, asking = multiprocessing.Pipe(duplex=False)
-            answers, answering = multiprocessing.Pipe(duplex=False)
-            ends = requests, answering
-            process = multiprocessing.Process(target=read_ahead, args=(dataset, *ends), daemon=True)
-            process.start()
-            for end_of_it in ends:
-                end_of_it.close()
-            running.append((process, asking, answers))
-        # Two batches of each: it reads the second while the first one is on its way.
-        for worker in running * 2:
-            ask(worker)
-        while asked:
-            process, _, answers = worker = asked.popleft()
-            batch = receive(answers)
-            ask(worker)
-            if isinstance(batch, Exception):
-                raise batch
-            yield pinned(batch)
-    except (EOFError, OSError) as error:
-        process.join(5)
-        raise InputError(f"a process that reads ahead has ended (status {process.exitcode}; -9: killed, "
-                         "perhaps for memory): go on with fewer --workers") from error
-    finally:
-        end()
-        atexit.unregister(end)
+        for batch in loader:
+            batch = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch]
+            yield tuple(x.pin_memory() if pin and isinstance(x, torch.Tensor) else x for x in batch)
+    except InputError as error:                   # a worker's comes wrapped in its traceback
+        message = str(error).strip().splitlines()[-1].removeprefix("model.InputError: ")
+        raise InputError(message) from None
 
 
-def send(connection, batch):
-    """A batch, or an exception: its tensors' bytes follow what else it is, copied by the system alone."""
-    if isinstance(batch, Exception):
-        return connection.send(batch)
-    arrays = [x.numpy() if isinstance(x, torch.Tensor) else None for x in batch]
-    connection.send([x if a is None else (a.shape, a.dtype) for x, a in zip(batch, arrays, strict=True)])
-    connection.send([a is not None for a in arrays])
-    for array in arrays:
-        view = memoryview(b"" if array is None else array.reshape(-1).view(np.uint8))
-        while view:
-            view = view[os.write(connection.fileno(), view):]
+def as_arrays(batch):
+    return [x.numpy() if isinstance(x, torch.Tensor) else x for x in batch]
 
 
-def receive(connection):
-    batch = connection.recv()
-    for i, tensor in enumerate([] if isinstance(batch, Exception) else connection.recv()):
-        if tensor:
-            array = np.empty(*batch[i])
-            view = memoryview(array.reshape(-1).view(np.uint8))
-            while view:
-                n = os.readv(connection.fileno(), [view])
-                if not n:
-                    raise EOFError
-                view = view[n:]
-            batch[i] = torch.from_numpy(array)
-    return batch
+def outlive_signals(ending, worker):
+    """A signal to the whole group, torchrun's way, is the training's to act on: its workers go on.
 
-
-def read_ahead(dataset, requests, answers):
-    """A worker. A signal to the whole group, torchrun's way, is the training's to act on, not its."""
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    sent = None
-    with ThreadPoolExecutor(1) as sender:
-        while True:
-            try:
-                indices = requests.recv()
-            except (EOFError, OSError):           # the training has ended
-                return
-            try:
-                batch = dataset.__getitems__(indices)
-            except Exception as error:
-                batch = error
-            if sent and sent.exception():
-                return
-            sent = sender.submit(send, answers, batch)
+    Only when it has ended is SIGTERM meant for them: multiprocessing sends it at exit, and waits."""
+    def on_signal(number, frame):
+        if ending.value:
+            os._exit(0)                           # else the loader would complain of a lost worker
+    for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(caught, on_signal)
 
 
 class TrainingData:

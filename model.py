@@ -513,10 +513,14 @@ def command(main):
         say(f"{script}: interrupted: the same command goes on, or starts over, from what is whole",
             sys.stderr)
         os._exit(130)
-    except (InputError, torch.OutOfMemoryError) as error:
+    except (InputError, RuntimeError) as error:
+        text = str(error).partition("\n")[0]
         if isinstance(error, torch.OutOfMemoryError):
-            error = (f"{str(error).splitlines()[0]} Smaller --micro-batch or --batch-size, "
-                     "or --checkpoint-activations")
+            error = f"{text} Smaller --micro-batch or --batch-size, or --checkpoint-activations"
+        elif text.startswith("DataLoader worker"):
+            error = f"{text}, perhaps for want of memory: go on with fewer --workers"
+        elif not isinstance(error, InputError):
+            raise
         say(f"{script}: error: {error}", sys.stderr)
         # Not sys.exit: it waits for processes that may never come.
         os._exit(2)

@@ -813,18 +813,19 @@ def test_workers_need_no_shared_memory_and_are_missed(data):
     program = f"""
 import multiprocessing, os, resource, signal
 from encode_latents import Images, batches_of
-from model import InputError
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-batches = batches_of(Images({str(data)!r}, 64), [[i % 23, 3] for i in range(40)], workers=2)
-print(sum(len(x) for x, _ in [next(batches) for _ in range(20)]), flush=True)
-os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-try:
+from model import command
+
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    batches = batches_of(Images({str(data)!r}, 64), [[i % 23, 3] for i in range(40)], workers=2)
+    print(sum(len(x) for x, _ in [next(batches) for _ in range(20)]), flush=True)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     list(batches)
-except InputError as error:
-    print(str(error).count("fewer --workers"), len(str(error).splitlines()))
+command(main)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "40\n1 1\n", done.stderr
+    assert done.stdout == "40\n" and done.returncode == 2
+    assert "fewer --workers" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
 
 
 def test_shards_of_others_are_noticed(data, encoded, copy, tmp_path, capsys):
