@@ -70,7 +70,7 @@ def test_names(page):
     """Scripts and pages named in a text exist; names and flags stand somewhere in our code."""
     text, code = "\n".join(parts(page)[0]), "\n".join(path.read_text() for path in CODE)
     for quoted in re.findall(r"`([^`]+)`", text):
-        for path in re.findall(r"(?<![\w/.])[\w./-]+\.(?:py|sh|md)\b", quoted):
+        for path in re.findall(r"(?<![\w/.:])[\w./-]+\.(?:py|sh|md)\b", quoted):
             assert (ROOT / path).exists() or (page.parent / path).exists(), f"{name(page)}: {path}"
         for flag in re.findall(r"--[a-z][\w-]+", quoted):
             assert f'"{flag}"' in code or flag in OTHERS, f"{name(page)}: {flag}"
