@@ -88,7 +88,8 @@ def elsewhere(encoder, teacher=2600, more=("", "", ""), **arms):
 
 
 TEACHER_50 = {"teacher": ("{run}/teacher", "--nfe 50")}
-WEIGHTS = {"p = 0": "--loss-power 0", "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-eps 1e-3", "p = 1, c = 0.1": "--loss-power 1",
+PLAIN = "--loss-power 0"                                                                           # takes no --loss-eps
+WEIGHTS = {"p = 0": PLAIN, "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-eps 1e-3", "p = 1, c = 0.1": "--loss-power 1",
            "p = 1, c = 1e-2": "--loss-power 1 --loss-eps 1e-2",
            "published, c = 1e4": f"{PUBLISHED_WEIGHT} --loss-eps 1e4", "published": PUBLISHED_WEIGHT,
            "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
@@ -102,7 +103,8 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
     "a-49152": elsewhere("--width 48 --patch 1", teacher=1300, steps=300, only=("ours", "weight")),
     "a-S": elsewhere("--width 64 --patch 8", steps=1000, only=("ours", "weight"),
                      more=("--preset DiTDH-S --lr 3e-4 --lr-final 1e-5", "--lr 1.5e-4 --lr-final 1e-5", "--lr 1e-4 --lr-final 1e-5")),
-    "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage) for name, stage in (("MFD", MFD), ("MFT", MFT))
+    "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage.replace("--loss-eps 0.1 ", "") if flags == PLAIN else stage)
+                    for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),
     "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
                                              f"--teacher-steps {n}"] for solver, n in SOLVERS}
