@@ -1,9 +1,9 @@
-"""The whole method in two dimensions: teacher, CMT, MFD and MFT on a spiral of two classes, with the stages' own loss functions.
+"""The whole method in two dimensions: teacher, CMT, MFD and MFT on a spiral, with the stages' own losses.
 
     python docs/two_dimensions.py [picture.png]            # under a minute on one CPU core
 
-Networks are small MLPs, data points are (B, 2, 1, 1) "latents". Prints the energy distance of each stage's samples to the data and
-draws the samples: one panel for each stage, the number behind its name is that of network evaluations.
+Networks are small MLPs, latents are points (B, 2). Prints the energy distance of each stage's samples to
+the data and draws the samples: a panel for each stage, with its number of network evaluations.
 """
 import sys
 import time
@@ -24,7 +24,7 @@ BATCH, CLASSES = 256, 2
 
 
 class MLP(nn.Module):
-    """v(z, t, y), or with s the mean velocity h(z, t, s, y); the layer that sees t - s starts at zero, so that h starts as v."""
+    """v(z, t, y), or with s the mean velocity h, which starts as v: the layer that sees t - s is zero."""
 
     def __init__(self, width=128):
         super().__init__()
@@ -33,26 +33,27 @@ class MLP(nn.Module):
         self.difference = nn.Linear(16, width)
         nn.init.zeros_(self.difference.weight)
         nn.init.zeros_(self.difference.bias)
-        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width),
+                                    nn.SiLU(), nn.Linear(width, 2))
 
     def waves(self, t):
         angle = t[:, None] * self.frequencies
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     def forward(self, z, t, y, s=None):
-        x = self.z(z[:, :, 0, 0]) + self.t(self.waves(t)) + self.y(y)
+        x = self.z(z) + self.t(self.waves(t)) + self.y(y)
         if s is not None:
             x = x + self.difference(self.waves(t - s))
-        return self.layers(x)[:, :, None, None]
+        return self.layers(x)
 
 
 def spiral(n):
-    """Two interleaved arms, a class each: points (n, 2, 1, 1), labels (n,)."""
+    """Two interleaved arms, a class each: points (n, 2), labels (n,)."""
     y = torch.randint(CLASSES, (n,))
     radius = 0.5 + 1.3 * torch.rand(n).sqrt()
     angle = 1.1 * torch.pi * radius + torch.pi * y
     points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1) + 0.05 * torch.randn(n, 2)
-    return points[:, :, None, None], y
+    return points, y
 
 
 def train(net, steps, lr, loss_of_step):
@@ -78,44 +79,42 @@ def main(out):
     start, panels = time.time(), {}
     teacher, student = MLP(), MLP()
 
-    def h(z, t, s, y):
-        return student(z, t, y, s)
-
     def flow_matching():
         z_0, y = spiral(BATCH)
         return flow_matching_loss(teacher, z_0, torch.randn_like(z_0), torch.rand(BATCH), y)
 
-    def cmt():                                    # 32 trajectories of 16 Euler steps, 8 pairs of points from each
+    def cmt():                                    # 32 trajectories of 16 Euler steps, 8 pairs from each
         y, times = torch.randint(CLASSES, (BATCH // 8,)), torch.tensor(ode_times(16, 1.0))
         with torch.no_grad():
-            points = torch.stack(solve_ode(lambda z, t: teacher(z, t, y), torch.randn(len(y), 2, 1, 1), times.tolist()), dim=1)
-        row, (i, j) = torch.arange(BATCH) // 8, torch.triu_indices(17, 17, offset=1)[:, torch.randint(136, (BATCH,))]
-        return consistency_loss(h, points[row, i], points[row, j], times[i], times[j], y[row])
+            points = torch.stack(solve_ode(teacher, torch.randn(len(y), 2), y, times.tolist()), dim=1)
+        row = torch.arange(BATCH) // 8
+        i, j = torch.triu_indices(17, 17, offset=1)[:, torch.randint(136, (BATCH,))]
+        return consistency_loss(student, points[row, i], points[row, j], times[i], y[row], times[j])
 
     def meanflow(eta):                            # three rows in four: s = t, as in the stage itself
         z_0, y = spiral(BATCH)
         s, t = torch.rand(BATCH, 2).sort(dim=1).values.unbind(1)
         s = torch.where(torch.arange(BATCH) % 4 == 0, s, t)
-        return meanflow_loss(h, teacher, z_0, torch.randn_like(z_0), t, s, y, eta, rows=slice(None, None, 4))
+        return meanflow_loss(student, teacher, z_0, torch.randn_like(z_0), t, y, s, eta, loss_form="mean",
+                             loss_power=0.0, rows=slice(None, None, 4))
 
-    noise, labels = torch.randn(4000, 2, 1, 1), torch.arange(4000) % CLASSES
+    noise, labels = torch.randn(4000, 2), torch.arange(4000) % CLASSES
     real, floor = spiral(4000)[0], spiral(4000)[0]
 
     @torch.no_grad()
     def show(name, points):
-        panels[name] = points.flatten(1)
-        distance = energy_distance(panels[name], real.flatten(1))
-        print(f"{name:12} energy distance to the data {distance:.5f}   {time.time() - start:4.0f} s", flush=True)
+        panels[name], energy = points, energy_distance(points, real)
+        print(f"{name:12} energy distance to the data {energy:.5f} {time.time() - start:6.0f} s", flush=True)
 
+    @torch.no_grad()
     def jumps(name, nfe):
-        with torch.no_grad():
-            show(f"{name} {nfe}", long_jumps(lambda z, t, s: h(z, t, s, labels), noise, [1 - i / nfe for i in range(nfe + 1)]))
+        show(f"{name} {nfe}", long_jumps(student, noise, labels, [1 - i / nfe for i in range(nfe + 1)]))
 
     show("data", floor)
     train(teacher, 2000, 2e-3, flow_matching)
     for steps in (50, 1):
         with torch.no_grad():
-            show(f"teacher {steps}", solve_ode(lambda z, t: teacher(z, t, labels), noise, ode_times(steps, 1.0))[-1])
+            show(f"teacher {steps}", solve_ode(teacher, noise, labels, ode_times(steps, 1.0))[-1])
     student.load_state_dict(teacher.state_dict())
     train(student, 400, 1e-3, cmt)
     jumps("CMT", 1)
@@ -128,7 +127,8 @@ def main(out):
     cell, picture = 220, Image.new("L", (220 * len(panels), 250), 255)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
     for k, (name, points) in enumerate(panels.items()):
-        density = np.histogram2d(-points[:, 1].numpy(), points[:, 0].numpy(), bins=cell - 10, range=[[-2.3, 2.3]] * 2)[0]
+        x, y = points.numpy().T
+        density = np.histogram2d(-y, x, bins=cell - 10, range=[[-2.3, 2.3]] * 2)[0]
         picture.paste(Image.fromarray((255 * np.exp(-1.2 * density)).astype(np.uint8)), (k * cell + 5, 30))
         pen.text((k * cell + cell / 2, 15), name, fill=0, font=font, anchor="mm")
     picture.save(out)

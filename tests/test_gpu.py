@@ -4,11 +4,10 @@ import copy
 import numpy
 import pytest
 import torch
-from test_training import log, random_images, save_decoder, train
+from test_training import encode, log, random_images, save_decoder, train
 
-import encode_latents
 import sample
-from model import load_network, read_json
+from model import load_network, pairwise_jvp, read_json
 from train_meanflow import meanflow_loss
 
 
@@ -18,12 +17,12 @@ def loss_and_gradient(published, device, derivative, autocast=False):
     y = published["y"].to(device)
     h.requires_grad_(True)
 
-    def fixed(z, t, s, y):                        # the derivative's evaluations alone
+    def fixed(z, t, y, s):                        # the derivative's evaluations alone
         assert derivative == "jvp" or not torch.is_autocast_enabled(device.type)
         return h(z, t, y, s)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        loss, _ = meanflow_loss(lambda z, t, s, y: h(z, t, y, s), lambda z, t, y: v(z, t, y), z, eps, t, s, y, 1.0, derivative,
-                                h_fixed=fixed)
+        loss, _ = meanflow_loss(h, v, z, eps, t, y, s, derivative=derivative, loss_form="mean",
+                                loss_power=0.0, h_fixed=fixed, jvp=pairwise_jvp)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten().cpu() for p in h.parameters() if p.grad is not None])
 
@@ -31,7 +30,8 @@ def loss_and_gradient(published, device, derivative, autocast=False):
 @pytest.mark.parametrize("derivative", ["jvp", "fd"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_losses_are_the_cpus(published, gpu, derivative, autocast):
-    """Float32 to rounding, which a finite difference divides by delta_t: in TF32 that would be more than a percent. bf16 to its own."""
+    """Float32 to rounding, which a finite difference divides by delta_t: in TF32 that would be more than a
+    percent. bf16 to its own."""
     loss, gradient = loss_and_gradient(published, torch.device("cpu"), derivative)
     torch.set_float32_matmul_precision("high" if derivative == "fd" and autocast else "highest")
     try:
@@ -44,22 +44,24 @@ def test_losses_are_the_cpus(published, gpu, derivative, autocast):
 
 
 def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
-    """Every stage in bf16, resumed too; three ways to take the derivative agree; the image of a seed is the same on GPU and CPU."""
+    """Every stage in bf16, resumed too; three ways to take the derivative agree; the image of a seed is the
+    same on GPU and CPU."""
     random_images(tmp_path / "images")
-    encode_latents.main(["--data-path", f"{tmp_path}/images", "--out", f"{tmp_path}/latents", "--image-size", "16", "--encoder-size", "16",
-                         "--workers", "0", "--encoder", "random:width=12,depth=1,heads=2,patch=4,seed=0"])
-    for stage, out, *more in (("teacher", "teacher"), ("cmt", "cmt"), ("meanflow", "exact"), ("meanflow", "fd", "--derivative", "fd"),
-                              ("meanflow", "compiled", "--compile")):
+    encode(tmp_path)
+    for stage, out, *more in (
+            ("teacher", "teacher"), ("cmt", "cmt"), ("meanflow", "exact"),
+            ("meanflow", "fd", "--derivative", "fd"), ("meanflow", "compiled", "--compile")):
         out, more = tmp_path / out, ["--precision", "bf16", *more]
         train(tmp_path, stage, out, *more)
         assert "CPU" not in read_json(out / "run.json")["device"]
         assert len(log(out)) == 6 and all(line["memory_gb"] > 0 for line in log(out)), stage
         before = load_network(out)[0].state_dict()
         (out / "state_00000006.safetensors").unlink()
-        train(tmp_path, stage, out, "--resume", *more)                            # from step 3
+        train(tmp_path, stage, out, "--resume", *more)        # from step 3
         assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
         for name, tensor in load_network(out)[0].state_dict().items():
-            assert torch.allclose(tensor, before[name], rtol=0, atol=1e-3), (stage, name)         # six steps move a weight by up to 6e-3
+            # Six steps move a weight by up to 6e-3.
+            assert torch.allclose(tensor, before[name], rtol=0, atol=1e-3), (stage, name)
     losses = [log(tmp_path / out)[0]["loss"] for out in ("exact", "fd", "compiled")]
     assert max(losses) < 1.02 * min(losses), losses
 
@@ -68,6 +70,7 @@ def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
     for available in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         out = tmp_path / f"{available}.npz"
-        sample.main([f"{tmp_path}/teacher", "--decoder", f"{tmp_path}/decoder", "--nfe", "4", "--num-samples", "20", "--out", str(out)])
+        sample.main([f"{tmp_path}/teacher", "--decoder", f"{tmp_path}/decoder", "--nfe", "4",
+                     "--num-samples", "20", "--out", str(out)])
         images.append(numpy.load(out)["arr_0"].astype(int))
     assert abs(images[0] - images[1]).max() <= 1

@@ -1,7 +1,10 @@
-"""The losses: alone with nothing but torch, against the published figures, and against cases with closed forms."""
+"""The losses: alone with nothing but torch, against the published figures, and against closed forms."""
+import ast
 import copy
 import inspect
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,29 +14,37 @@ from test_model import same
 import train_cmt
 import train_meanflow
 import train_teacher
-from model import InputError, guided, ode_times, solve_ode, time_shift
+from model import (
+    DiTDH, InputError, apply_part, guided, long_jumps, ode_times, pairwise_jvp, solve_ode, time_shift)
 
 
-def alone(function):
-    """The function made again from its own source in a namespace that holds nothing but torch."""
-    namespace = {"torch": torch}
-    exec(inspect.getsource(function), namespace)
-    return namespace[function.__name__]
+def alone(stage):
+    """What the text of a stage between its imports and its `def draw` defines, with `import torch` alone."""
+    source = inspect.getsource(stage)
+    imports = (ast.Import, ast.ImportFrom)
+    end = max(node.end_lineno for node in ast.parse(source).body if isinstance(node, imports))
+    text = "\n".join(source.splitlines()[end:]).split("def draw(")[0]
+    assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, imports)]
+    namespace = {}
+    exec("import torch\n" + text, namespace)
+    return SimpleNamespace(**namespace)
 
 
-flow_matching_loss = alone(train_teacher.flow_matching_loss)
-consistency_loss = alone(train_cmt.consistency_loss)
-meanflow_loss = alone(train_meanflow.meanflow_loss)
+flow_matching_loss = alone(train_teacher).flow_matching_loss
+consistency_loss = alone(train_cmt).consistency_loss
+MEANFLOW = alone(train_meanflow)
+meanflow_loss, transport_derivative = MEANFLOW.meanflow_loss, MEANFLOW.transport_derivative
+plain = dict(loss_form="mean", loss_power=0.0)   # the squared error itself, whose gradient theory speaks of
 
 
-# ---- the published figures ---------------------------------------------------------------------------------------------------
+# ---- the published figures ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
 @pytest.mark.parametrize("derivative, delta_t", [("fd-central", 0.005), ("fd-central", 0.001), ("jvp", None)])
 def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
     p, net = published, published["student"]
     net.zero_grad()
-    loss, numbers = meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta,
-                                  derivative, delta_t, form="published", power=1.0)
+    loss, numbers = meanflow_loss(
+        net, p["teacher"], p["z"], p["eps"], p["t"], p["y"], p["s"], eta, derivative, delta_t)
     loss.backward()
     figure = figures[f"{name} jvp" if derivative == "jvp" else f"{name} dt={delta_t}"]
     assert float(numbers["mse"]) == pytest.approx(figure["mse"], rel=1e-5)
@@ -44,37 +55,45 @@ def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
             assert float(weight.grad.square().mean().sqrt()) == pytest.approx(figure[key], rel=1e-5)
 
 
+@pytest.mark.parametrize("jvp", [torch.func.jvp, pairwise_jvp])
 @pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
-def test_published_exact_derivative(figures, published, eta, name):
+def test_published_exact_derivative(figures, published, eta, name, jvp):
     """dh/dt itself, as the loss takes it, element by element."""
     p, net = published, published["student"]
     dh_dt = []
-    meanflow_loss(lambda z, t, s, y: net(z, t, y, s), p["teacher"], p["z"], p["eps"], p["t"], p["s"], p["y"], eta, "jvp",
-                  jvp=lambda *a: dh_dt.append(torch.func.jvp(*a)) or dh_dt[-1])
+    meanflow_loss(net, p["teacher"], p["z"], p["eps"], p["t"], p["y"], p["s"], eta, "jvp",
+                  jvp=lambda *a: dh_dt.append(jvp(*a)) or dh_dt[-1])
     same(dh_dt[0][1], figures[f"{name} jvp"]["dudt"])
 
 
 def test_compiled_derivative_can_be_traced_on_a_gpu(published):
-    """The fused normalizations have no forward derivative that torch.compile could trace there, and rms_norm is one of them there alone."""
+    """The fused normalizations have no forward derivative that torch.compile could trace there, and rms_norm
+    is one of them there alone."""
     p, net, called = published, published["student"].float(), []
 
     def backend(graph, inputs):
         called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
     z, t, s = (p[name].float() for name in ("z", "t", "s"))
-    point = lambda z, t: net.forward(z, t, p["y"], s), (z, t), (z, torch.ones_like(t))
+    x = z, t, p["y"], s, z
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            dh_dt, eager = torch.compile(lambda *x: torch.func.jvp(*x), backend=backend)(*point)[1], torch.func.jvp(*point)[1]
+        eager = transport_derivative(net, *x)
+        net.compile(backend=backend)
+        dh_dt = transport_derivative(net, *x, jvp=pairwise_jvp)
     finally:
+        net.apply_part = apply_part
         net.double()
     assert len(called) > 100 and not [name for name in called if "norm" in name]
     assert (dh_dt - eager).norm() < 1e-5 * eager.norm()
 
 
-# ---- closed forms: Gaussian data N(m, sigma^2) per element --------------------------------------------------------------------
+# ---- closed forms: Gaussian data N(m, sigma^2) per element -------------------------------------------------
 M, SIGMA = 0.7, 0.4
 SHAPE = (2, 2, 2)
+
+
+def per_row(t, z):
+    return t.reshape(-1, *[1] * (z.ndim - 1))
 
 
 def spread(t):
@@ -84,186 +103,212 @@ def spread(t):
 
 def v_exact(z, t, y=None):
     """E[eps - z_0 | z_t = z] = -m + S'(t) / (2 S(t)) (z - (1 - t) m)."""
-    t = t[:, None, None, None]
+    t = per_row(t, z)
     return -M + (t - (1 - t) * SIGMA ** 2) / spread(t) * (z - (1 - t) * M)
 
 
 def flow(z, t, s):
     """The PF-ODE's flow map from t to s: deviations from the mean scale by sqrt(S(s) / S(t))."""
-    t, s = t[:, None, None, None], s[:, None, None, None]
+    t, s = per_row(t, z), per_row(s, z)
     return (1 - s) * M + (spread(s) / spread(t)).sqrt() * (z - (1 - t) * M)
 
 
-def h_exact(z, t, s, y=None):
+def h_exact(z, t, y, s):
     """The mean velocity (z_t - z_s) / (t - s), its limit v at s = t."""
-    gap = (t - s)[:, None, None, None]
+    gap = per_row(t - s, z)
     same = gap == 0
     return torch.where(same, v_exact(z, t), (z - flow(z, t, s)) / torch.where(same, 1, gap))
 
 
-def gaussian(n, seed=0):
+def gaussian(n, seed=0, shape=SHAPE):
+    """z_0, eps"""
     g = torch.Generator().manual_seed(seed)
-    z_0 = M + SIGMA * torch.randn(n, *SHAPE, generator=g, dtype=torch.double)
-    return z_0, torch.randn(n, *SHAPE, generator=g, dtype=torch.double), torch.rand(n, generator=g, dtype=torch.double)
+    z_0 = M + SIGMA * torch.randn(n, *shape, generator=g, dtype=torch.double)
+    return z_0, torch.randn(n, *shape, generator=g, dtype=torch.double)
 
 
 def pairs_of_times(n, seed=1):
     g = torch.Generator().manual_seed(seed)
-    s, t = time_shift(torch.rand(n, 2, generator=g, dtype=torch.double), 3.0).sort(dim=1).values.unbind(1)
+    u = torch.rand(n, 2, generator=g, dtype=torch.double)
+    s, t = time_shift(u, 3.0).sort(dim=1).values.unbind(1)
     s[1::4] = t[1::4]
     return t, s
 
 
-def test_exact_mean_velocity_has_no_error_with_the_exact_derivative():
-    z_0, eps, _ = gaussian(64)
+@pytest.mark.parametrize("shape", [SHAPE, (5,), ()])
+def test_exact_mean_velocity_has_no_error_with_the_exact_derivative(shape):
+    z_0, eps = gaussian(64, shape=shape)
     t, s = pairs_of_times(64)
-    assert meanflow_loss(h_exact, v_exact, z_0, eps, t, s, torch.zeros(len(z_0)), derivative="jvp")[1]["mse"] < 1e-24
+    assert meanflow_loss(h_exact, v_exact, z_0, eps, t, torch.zeros(64), s)[1]["mse"] < 1e-24
 
 
-def regions():
-    """(t, s) of three rows where, for every D <= 0.02, the stencil is central, forward (t - D < s) and backward (t + D > 1)."""
-    return torch.tensor([0.6, 0.5, 1.0], dtype=torch.double), torch.tensor([0.2, 0.4999, 0.3], dtype=torch.double)
+@pytest.mark.parametrize("t, s, stencil", [(0.6, 0.2, "central"), (0.5, 0.4999, "forward"),
+                                           (1.0, 0.3, "backward")])
+def test_finite_differences_are_second_order_everywhere(t, s, stencil):
+    """For every D <= 0.02 the stencil is the one named: t - D < s where it is forward, t + D > 1 backward."""
+    steps = {"central": (0, 1, -1), "forward": (0, 1, 2), "backward": (0, -1, -2)}[stencil]
+    t, s, y = torch.tensor([t]).double(), torch.tensor([s]).double(), torch.zeros(1)
+    z, seen = gaussian(1)[0], []
 
-
-@pytest.mark.parametrize("row, stencil", [(0, "central"), (1, "forward"), (2, "backward")])
-def test_finite_differences_are_second_order_everywhere(row, stencil):
-    z_0, eps, _ = gaussian(1)
-    t, s = (x[row:row + 1] for x in regions())
-    if stencil == "forward":                      # (t - s) dh/dt hides the order behind a tiny t - s: look at the derivative itself
-        s = t - 1e-4
-    seen = []
-
-    def h(z, t, s, y):
-        seen.append(t)
-        return h_exact(z, t, s)
+    def h(z, t, y, s):
+        seen.extend(t.tolist())
+        return h_exact(z, t, y, s)
+    exact = transport_derivative(h_exact, z, t, y, s, v_exact(z, t))
     errors = []
     for delta_t in (0.02, 0.01, 0.005):
-        errors.append(float(meanflow_loss(h, v_exact, z_0, eps, t, s, torch.zeros(1), derivative="fd", delta_t=delta_t)[1]["mse"]) ** 0.5)
+        seen.clear()
+        dh_dt = transport_derivative(h, z, t, y, s, v_exact(z, t), "fd", delta_t)
+        errors.append(float((dh_dt - exact).norm()))
+        assert sorted(seen) == pytest.approx(sorted(float(t) + k * delta_t for k in steps))
+        assert all(s <= x <= 1 for x in seen)
     order = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert all(1.8 < o < 2.25 for o in order), (stencil, errors, order)
-    assert all((t >= s - 1e-12).all() and (t <= 1 + 1e-12).all() for t in seen)
 
 
 def test_finite_differences_stay_within_the_interval():
     """Also where t - s is far below D, at either end; and the published stencil leaves it."""
     t = torch.tensor([1.0, 1.0, 0.9999, 0.3, 1e-3, 0.999, 0.993], dtype=torch.double)
     s = torch.tensor([0.0, 0.9999, 0.9998, 0.2999, 0.0, 0.5, 0.992], dtype=torch.double)
-    z_0, eps, _ = gaussian(len(t))
+    z_0, eps = gaussian(len(t))
     for derivative, inside in (("fd", True), ("fd-central", False)):
         left = []
 
-        def h(z, time, s, y, left=left):
+        def h(z, time, y, s, left=left):
             left.append(bool(((time < s - 1e-9) | (time > 1 + 1e-9)).any()))
-            return h_exact(z, time, s)
-        mse = meanflow_loss(h, v_exact, z_0, eps, t, s, torch.zeros(len(t)), derivative=derivative)[1]["mse"]
+            return h_exact(z, time, y, s)
+        _, numbers = meanflow_loss(h, v_exact, z_0, eps, t, torch.zeros(len(t)), s, derivative=derivative)
         assert any(left) != inside
-        assert not inside or mse < 1e-8
+        assert not inside or numbers["mse"] < 1e-8
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_cmt_target_tends_to_the_mean_velocity(solver, order):
-    """With N teacher steps the error of the target is O(N^-order): measured at the pair (1, 0) and at a pair inside."""
-    z_1 = gaussian(16)[1]
-    errors = []
+    """With N teacher steps the error of the target is O(N^-order): measured at the pair (1, 0) and inside."""
+    z_1, errors = gaussian(16)[1], []
     for steps in (256, 512, 1024):                  # fewer are not yet in the asymptotic regime for Heun
         times = ode_times(steps, 3.0)
-        points = solve_ode(v_exact, z_1, times, solver)
+        points = solve_ode(v_exact, z_1, None, times, solver)
         for i, j in ((0, steps), (steps // 4, steps // 2)):
             t, s = (torch.full((16,), times[k], dtype=torch.double) for k in (i, j))
             # h_exact at the trajectory's own point, so that what is measured is the error of the pair alone
-            errors.append(float(consistency_loss(h_exact, points[i], points[j], t, s, None)[1]["mse"]) ** 0.5)
+            errors.append(float(consistency_loss(h_exact, points[i], points[j], t, None, s)[1]["mse"]) ** 0.5)
     for a, b in zip(errors, errors[2:], strict=False):
         assert order - 0.25 < math.log2(a / b) < order + 0.25, errors
 
 
 def test_flow_matching_minimum_is_the_velocity():
-    """Least squares over affine velocities a z + b at a fixed t, by the loss's own gradient being zero at the exact velocity."""
-    z_0, eps, _ = gaussian(200_000)
+    """Least squares over affine velocities a z + b at a fixed t: no gradient of the loss at the exact one."""
+    z_0, eps = gaussian(200_000)
     for time in (0.1, 0.5, 0.9):
         t = torch.full((len(z_0),), time, dtype=torch.double)
         a, b = (torch.zeros((), dtype=torch.double, requires_grad=True) for _ in range(2))
         loss = flow_matching_loss(lambda z, t, y, a=a, b=b: v_exact(z, t) + a * z + b, z_0, eps, t, None)[0]
         gradient = torch.autograd.grad(loss, (a, b))
-        assert max(abs(float(g)) for g in gradient) < 6e-3                        # 4 standard errors of 1.8 million elements
-        assert loss.detach() == pytest.approx(SIGMA ** 2 / spread(time), rel=0.01)        # the one-point velocity's own variance
+        assert max(abs(float(g)) for g in gradient) < 6e-3    # 4 standard errors of 1.6 million elements
+        # the one-point velocity's own variance
+        assert loss.detach() == pytest.approx(SIGMA ** 2 / spread(time), rel=0.01)
 
 
 def test_jumps_land_on_the_end_of_the_ode():
-    from model import long_jumps
     z_1 = gaussian(16)[1]
-    end = flow(z_1, torch.ones(16, dtype=torch.double), torch.zeros(16, dtype=torch.double))
+    end = flow(z_1, torch.ones(16).double(), torch.zeros(16).double())
     for times in ([1, 0], [1, 0.5, 0], [1, 0.7, 0.2, 0]):
-        assert torch.allclose(long_jumps(h_exact, z_1, times), end, atol=1e-12)
+        assert torch.allclose(long_jumps(h_exact, z_1, None, times), end, atol=1e-12)
 
 
 def bent(theta):
     """A student off the mean velocity by theta, so that gradients are not zero."""
-    return lambda z, t, s, y: h_exact(z, t, s) + theta * (1 + z * (t - s)[:, None, None, None])
+    return lambda z, t, y, s: h_exact(z, t, y, s) + theta * (1 + z * per_row(t - s, z))
+
+
+def test_losses_of_vectors():
+    """Latents (B, D): losses, gradients and numbers are those of the same elements as (B, C, H, W)."""
+    t, s = pairs_of_times(16)
+    y, z_0, eps, z_s = torch.zeros(16), *gaussian(16), gaussian(16, seed=1)[0]
+    v = lambda z, t, y: v_exact(z, t) + 0.3  # noqa: E731
+
+    def meanflow(form, derivative):
+        return lambda h, z_0, eps, _: meanflow_loss(h, v, z_0, eps, t, y, s, 0.7, derivative, loss_form=form)
+    cases = [lambda h, z_0, eps, _: flow_matching_loss(lambda z, t, y: h(z, t, y, t / 2), z_0, eps, t, y),
+             lambda h, _, z_t, z_s: consistency_loss(h, z_t, z_s, t, y, t / 2),
+             *(meanflow(*x) for x in itertools.product(("mean", "published"), ("jvp", "fd", "fd-central")))]
+    for k, loss_of in enumerate(cases):
+        results = []
+        for latents in ((z_0, eps, z_s), [x.flatten(1) for x in (z_0, eps, z_s)]):
+            theta = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
+            loss, numbers = loss_of(bent(theta), *latents)
+            results.append([loss.detach(), torch.autograd.grad(loss, theta)[0], *numbers.values()])
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, msg=lambda text, k=k: f"case {k}: {text}")
 
 
 def test_mft_has_mfds_gradient_in_expectation():
-    """At the exact teacher, unweighted squared error: the difference of the two gradients has mean 0 (within 4 standard errors)."""
+    """At the exact teacher, unweighted squared error: the difference of the two gradients has mean 0, within
+    4 standard errors."""
     n, batches = 1000, 40
     difference, size = [], []
     for batch in range(batches):
-        z_0, eps, _ = gaussian(n, seed=batch)
+        z_0, eps = gaussian(n, seed=batch)
         t, s = pairs_of_times(n, seed=1000 + batch)
         gradients = []
         for eta in (0.0, 1.0):
             theta = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
-            loss = meanflow_loss(bent(theta), v_exact, z_0, eps, t, s, torch.zeros(n), eta)[0]
+            loss = meanflow_loss(bent(theta), v_exact, z_0, eps, t, torch.zeros(n), s, eta, **plain)[0]
             gradients.append(torch.autograd.grad(loss, theta)[0])
         difference.append(gradients[0] - gradients[1])
         size.append(gradients[1])
     difference = torch.stack(difference)
     error = difference.std() / batches ** 0.5
     assert difference.mean().abs() < 4 * error
-    assert error < 0.04 * torch.stack(size).mean().abs()                           # the test can see a bias of 16%
+    assert error < 0.04 * torch.stack(size).mean().abs()      # the test can see a bias of 16%
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.75, 0.5, 0.25, 0.0])
 @pytest.mark.parametrize("theta, bias", [(0.2, 0.3), (0.0, 0.3), (0.0, 0.0)])
 def test_proposition_3_1(eta, theta, bias):
-    """E || h - u_eta ||^2 = || h - u_v - eta M (v_phi - v) ||^2 + (1 - eta)^2 E || M (v_hat - v) ||^2, M = 1 - (t - s) dh/dz.
+    """E || h - u_eta ||^2 = || h - u_v - eta M (v_phi - v) ||^2 + (1 - eta)^2 E || M (v_hat - v) ||^2,
+    M = 1 - (t - s) dh/dz.
 
-    The one-point velocity's variance given z_t is sigma^2 / S(t) per element; the teacher is off by a constant, the student by another. At
-    the exact student the first part is the teacher's bias alone; with an exact teacher too, the second is all there is. `pytest -s -k
-    proposition` prints the rows of docs/METHOD.md."""
+    The one-point velocity's variance given z_t is sigma^2 / S(t) per element; the teacher is off by a
+    constant, the student by another. At the exact student the first part is the teacher's bias alone; with an
+    exact teacher too, the second is all there is. `pytest -s -k proposition` prints the rows of
+    docs/METHOD.md."""
     n = 40_000
-    z_0, eps, _ = gaussian(n)
-    t, s = torch.full((n,), 0.8, dtype=torch.double), torch.full((n,), 0.3, dtype=torch.double)
-    h = lambda z, t, s, y: h_exact(z, t, s) + theta  # noqa: E731  (its u_v is that of h_exact: theta is constant)
-    losses = []
-    for part in range(20):
-        k = slice(part * n // 20, (part + 1) * n // 20)
-        losses.append(meanflow_loss(h, lambda z, t, y: v_exact(z, t) + bias, z_0[k], eps[k], t[k], s[k], torch.zeros(len(t[k])), eta)[0])
-    losses = torch.stack(losses)
+    z_0, eps = gaussian(n)
+    t, s = (torch.full((n // 20,), time, dtype=torch.double) for time in (0.8, 0.3))
+    v = lambda z, t, y: v_exact(z, t) + bias  # noqa: E731
+    h = lambda z, t, y, s: h_exact(z, t, y, s) + theta  # noqa: E731  (u_v is h_exact's: theta is constant)
+    losses = torch.stack([
+        meanflow_loss(h, v, *part, t, torch.zeros(len(t)), s, eta, **plain)[0]
+        for part in zip(z_0.chunk(20), eps.chunk(20), strict=True)])
     slope = 1 - (spread(0.3) / spread(0.8)) ** 0.5     # (t - s) dh/dz
     m = float(1 - slope)
     parts = (theta - eta * m * bias) ** 2, (1 - eta) ** 2 * m ** 2 * SIGMA ** 2 / spread(0.8)
     measured, error = float(losses.mean()), float(losses.std()) / 20 ** 0.5
-    print(f"| {eta} | {theta} | {bias} | {parts[0]:.5f} | {parts[1]:.5f} | {sum(parts):.5f} | {measured:.5f} ± {error:.5f} |")
+    print(f"| {eta} | {theta} | {bias} | {parts[0]:.5f} | {parts[1]:.5f} | {sum(parts):.5f} | "
+          f"{measured:.5f} ± {error:.5f} |")
     assert abs(measured - sum(parts)) < 4 * error + 1e-12
 
 
-# ---- closed form of the velocity alone, where nothing is linear: a mixture of Gaussians N(m_k, SIGMA^2) ---------------------------
+# ---- closed form of the velocity alone, where nothing is linear: a mixture of Gaussians N(m_k, SIGMA^2) ----
 CENTRES = torch.tensor([[1.0, 0.0], [-0.8, 0.6], [-0.5, -1.1]], dtype=torch.double)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double)
 
 
 def v_mixture(z, t, y=None):
-    """sum_k r_k v_k, with v_k the velocity of the component k and r_k its probability given z_t; z: (B, 2, 1, 1)."""
-    z, t = z.flatten(1), t[:, None]
-    off = z[:, None] - (1 - t)[..., None] * CENTRES                                # (B, K, 2)
+    """sum_k r_k v_k: v_k the velocity of the component k, r_k its probability given z_t; z: (B, 2)."""
+    t = t[:, None]
+    off = z[:, None] - (1 - t)[..., None] * CENTRES            # (B, K, 2)
     r = (WEIGHTS.log() - off.square().sum(2) / (2 * spread(t))).softmax(dim=1)
     v_k = -CENTRES + ((t - (1 - t) * SIGMA ** 2) / spread(t))[..., None] * off
-    return (r[..., None] * v_k).sum(1)[:, :, None, None]
+    return (r[..., None] * v_k).sum(1)
 
 
-def h_mixture(z, t, s, y=None, steps=100):
-    """The mean velocity (z_t - z_s) / (t - s) by Runge-Kutta steps of fourth order: of each row over its own [s, t]."""
+def h_mixture(z, t, y, s, steps=100):
+    """The mean velocity (z_t - z_s) / (t - s) by Runge-Kutta steps of fourth order, of each row over its own
+    [s, t]."""
     x, d = z, (s - t) / steps
-    d_ = d[:, None, None, None]
+    d_ = d[:, None]
     for k in range(steps):
         a = t + k * d
         k1 = v_mixture(x, a)
@@ -271,7 +316,7 @@ def h_mixture(z, t, s, y=None, steps=100):
         k3 = v_mixture(x + d_ / 2 * k2, a + d / 2)
         k4 = v_mixture(x + d_ * k3, a + d)
         x = x + d_ / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    gap = (t - s)[:, None, None, None]
+    gap = (t - s)[:, None]
     return torch.where(gap == 0, v_mixture(z, t), (z - x) / torch.where(gap == 0, 1, gap))
 
 
@@ -279,26 +324,30 @@ def mixture(n, seed=0):
     g = torch.Generator().manual_seed(seed)
     k = torch.multinomial(WEIGHTS, n, replacement=True, generator=g)
     z_0, eps = torch.randn(2, n, 2, generator=g, dtype=torch.double)
-    return (CENTRES[k] + SIGMA * z_0)[:, :, None, None], eps[:, :, None, None]
+    return CENTRES[k] + SIGMA * z_0, eps
 
 
 def test_flow_matching_minimum_of_a_mixture():
-    """The loss's gradient in directions 1, z, sin 3z is zero at the mixture's velocity, and not at the best affine one."""
+    """The loss's gradient in directions 1, z, sin 3z is zero at the mixture's velocity, and not at the best
+    affine one."""
     n = 200_000
     z_0, eps = mixture(n)
     basis = [lambda z: torch.ones_like(z), lambda z: z, lambda z: (3 * z).sin()]
 
     def gradient(v, t):
         c = torch.zeros(len(basis), dtype=torch.double, requires_grad=True)
-        loss = flow_matching_loss(lambda z, t, y: v(z, t) + sum(a * f(z) for a, f in zip(c, basis, strict=True)), z_0, eps, t, None)[0]
-        return torch.autograd.grad(loss, c)[0].abs().max()
+
+        def moved(z, t, y):
+            return v(z, t) + sum(a * f(z) for a, f in zip(c, basis, strict=True))
+        return torch.autograd.grad(flow_matching_loss(moved, z_0, eps, t, None)[0], c)[0].abs().max()
     for time in (0.2, 0.5, 0.8):
         t = torch.full((n,), time, dtype=torch.double)
         z_t = (1 - time) * z_0 + time * eps
         line = torch.stack([torch.ones(2 * n), z_t.flatten()], dim=1).double()
         a, b = torch.linalg.lstsq(line, (eps - z_0).flatten()).solution
-        assert gradient(v_mixture, t) < 0.015                                     # 4 standard errors, at most, of 2 * 1.5 / sqrt(2 n)
-        assert gradient(lambda z, t, a=a, b=b: a + b * z, t) > 0.1 or time > 0.5  # near noise the velocity is nearly affine
+        # 4 standard errors, at most, of 2 * 1.5 / sqrt(2 n); near noise the velocity is nearly affine
+        assert gradient(v_mixture, t) < 0.015
+        assert gradient(lambda z, t, a=a, b=b: a + b * z, t) > 0.1 or time > 0.5
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
@@ -306,33 +355,37 @@ def test_cmt_target_of_a_mixture(solver, order):
     z_1, errors = mixture(16)[1], []
     for steps in (128, 256, 512):
         times = ode_times(steps, 3.0)
-        points = solve_ode(v_mixture, z_1, times, solver)
-        t, s = (torch.full((16,), times[k], dtype=torch.double) for k in (steps // 4, steps * 3 // 4))
-        errors.append(float(consistency_loss(h_mixture, points[steps // 4], points[steps * 3 // 4], t, s, None)[1]["mse"]) ** 0.5)
+        points = solve_ode(v_mixture, z_1, None, times, solver)
+        i, j = steps // 4, steps * 3 // 4
+        t, s = (torch.full((16,), times[k], dtype=torch.double) for k in (i, j))
+        errors.append(float(consistency_loss(h_mixture, points[i], points[j], t, None, s)[1]["mse"]) ** 0.5)
     for a, b in zip(errors, errors[1:], strict=False):
         assert order - 0.25 < math.log2(a / b) < order + 0.25, errors
 
 
 def test_mean_velocity_of_a_mixture_satisfies_the_identity():
-    """MFD's error is zero there: exactly with the exact derivative (to the solver's rounding), of second order in D with finite ones."""
+    """MFD's error is zero there: exactly with the exact derivative (to the solver's rounding), of second
+    order in D with finite ones."""
     z_0, eps = mixture(32)
     t, s = pairs_of_times(32)
-    y = torch.zeros(32)
-    assert meanflow_loss(h_mixture, v_mixture, z_0, eps, t, s, y)[1]["mse"] < 1e-14
-    assert meanflow_loss(lambda z, t, s, y: h_mixture(z, t, s) + 0.01 * z, v_mixture, z_0, eps, t, s, y)[1]["mse"] > 1e-5
+
+    def mse(h=h_mixture, **how):
+        return float(meanflow_loss(h, v_mixture, z_0, eps, t, torch.zeros(32), s, **how)[1]["mse"])
+    assert mse() < 1e-14
+    assert mse(lambda z, t, y, s: h_mixture(z, t, y, s) + 0.01 * z) > 1e-5
     t, s = t.clamp(max=0.9), torch.minimum(s, t.clamp(max=0.9) - 0.1)
-    errors = [float(meanflow_loss(h_mixture, v_mixture, z_0, eps, t, s, y, derivative="fd", delta_t=d)[1]["mse"]) ** 0.5
-              for d in (0.02, 0.01, 0.005)]
+    errors = [mse(derivative="fd", delta_t=d) ** 0.5 for d in (0.02, 0.01, 0.005)]
     assert all(1.8 < math.log2(a / b) < 2.2 for a, b in zip(errors, errors[1:], strict=False)), errors
 
 
-# ---- precision ----------------------------------------------------------------------------------------------------------------
+# ---- precision ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("derivative", ["fd", "jvp"])
 def test_precision_of_the_derivative(derivative):
-    """Finite differences run in true float32 whatever is set around them, the exact derivative in what is; afterwards all is as before."""
+    """Finite differences run in true float32 whatever is set around them, the exact derivative in what is;
+    afterwards all is as before."""
     seen = []
 
-    def h_fixed(z, t, s, y):
+    def h_fixed(z, t, y, s):
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
         return z * t[:, None, None, None]
     z_0, eps = torch.randn(2, 4, *SHAPE)
@@ -341,49 +394,119 @@ def test_precision_of_the_derivative(derivative):
     try:
         torch.set_float32_matmul_precision("high")
         with torch.autocast("cpu", torch.bfloat16):
-            meanflow_loss(lambda z, t, s, y: z, lambda z, t, y: z, z_0, eps, t, s, torch.zeros(4), derivative=derivative, h_fixed=h_fixed)
+            meanflow_loss(lambda z, t, y, s: z, lambda z, t, y: z, z_0, eps, t, torch.zeros(4), s,
+                          derivative=derivative, h_fixed=h_fixed)
             assert torch.is_autocast_enabled("cpu")
         assert set(seen) == {(False, "highest") if derivative == "fd" else (True, "high")}
-        assert len(seen) == (2 if derivative == "fd" else 1)                      # both ends, and the centre anew: h_t is in bf16
+        # both ends, and the centre anew: h_t is in bf16
+        assert len(seen) == (2 if derivative == "fd" else 1)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-# ---- the weight of a sample ----------------------------------------------------------------------------------------------------
+def test_precision_is_restored_when_h_raises():
+    def h(z, t, y, s):
+        assert not torch.is_autocast_enabled("cpu") and torch.get_float32_matmul_precision() == "highest"
+        raise MemoryError
+
+    z, w = torch.randn(2, 4, *SHAPE)
+    t, s = torch.full((4,), 0.8), torch.full((4,), 0.3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(MemoryError):
+                transport_derivative(h, z, t, torch.zeros(4), s, w, "fd")
+            assert torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---- the weight of a sample, numbers for the log, defaults -------------------------------------------------
 def test_weights():
-    """Gradient with respect to a sample's mse: (mse + c)^-p in the mean form; 2 E / (E^2 + c) with E = D mse in the published one."""
-    z_0, eps, _ = gaussian(8)
+    """Gradient with respect to a sample's mse: (mse + c)^-p in the mean form; 2 E / (E^2 + c) with E = D mse
+    in the published one."""
+    z_0, eps = gaussian(8)
     t, s = pairs_of_times(8)
     d = math.prod(SHAPE)
     offset = torch.linspace(0.1, 2, 8, dtype=torch.double)[:, None, None, None]
     scale = torch.ones(8, dtype=torch.double, requires_grad=True)
-    h = lambda z, t, s, y: h_exact(z, t, s) + offset * scale[:, None, None, None]  # noqa: E731  (mse of row i: offset_i^2)
-    for form, power, c, weight in (("mean", 0.0, 1e-3, lambda e: e ** 0), ("mean", 0.5, 0.1, lambda e: (e + 0.1) ** -0.5),
-                                   ("mean", 1.0, 1e-2, lambda e: 1 / (e + 1e-2)),
-                                   ("published", 1.0, 1e-3, lambda e: 2 * d ** 2 * e / ((d * e) ** 2 + 1e-3))):
-        loss, numbers = meanflow_loss(h, v_exact, z_0, eps, t, s, torch.zeros(len(z_0)), 1.0, "jvp", form=form, power=power, loss_eps=c)
+
+    def h(z, t, y, s):                            # mse of row i: offset_i^2
+        return h_exact(z, t, y, s) + offset * per_row(scale, z)
+    for form, power, c, weight in (
+            ("mean", 0.0, 1e-3, lambda e: e ** 0),
+            ("mean", 0.5, 0.1, lambda e: (e + 0.1) ** -0.5),
+            ("mean", 1.0, 1e-2, lambda e: 1 / (e + 1e-2)),
+            ("published", 1.0, 1e-3, lambda e: 2 * d ** 2 * e / ((d * e) ** 2 + 1e-3))):
+        loss, numbers = meanflow_loss(h, v_exact, z_0, eps, t, torch.zeros(8), s, loss_form=form,
+                                      loss_power=power, loss_eps=c)
         mse = offset.flatten() ** 2
         assert torch.allclose(torch.autograd.grad(loss, scale)[0], weight(mse) * 2 * mse / 8, rtol=1e-6)
         assert numbers["mse"] == pytest.approx(float(mse.mean()), rel=1e-6)
 
 
-# ---- the cheap step against the straightforward ones --------------------------------------------------------------------------
+@pytest.mark.parametrize("eta", [1.0, 0.4, 0.0])
+def test_numbers_for_the_log(eta):
+    """Against the closed form: h is linear in z, so that along any w, and not v alone, (t - s) dh/dt =
+    v - h + (t - s) dh/dz (w - v)."""
+    n = 16
+    z_0, eps = gaussian(n)
+    t, s = pairs_of_times(n)
+    jump = torch.arange(n) % 4 == 0
+    s = torch.where(jump, s, t)
+    s[4], jump[4] = t[4], False                   # one of `rows`, and no jump after all
+    theta, bias = torch.linspace(0.1, 1, n).double()[:, None, None, None], 0.3
+
+    def student(z, t, y, s):                      # for some of the rows, too
+        return h_exact(z, t, y, s) + theta[::n // len(z)]
+    _, numbers = meanflow_loss(student, lambda z, t, y: v_exact(z, t) + bias, z_0, eps, t, torch.zeros(n), s,
+                               eta, rows=slice(None, None, 4), **plain)
+    z_t = (1 - per_row(t, eps)) * z_0 + per_row(t, eps) * eps
+    v, h = v_exact(z_t, t), h_exact(z_t, t, None, s)
+    w = (1 - eta) * (eps - z_0) + eta * (v + bias)
+    derivative = v - h + per_row(1 - (spread(s) / spread(t)).sqrt(), z_t) * (w - v)
+    mse = [float((row ** 2).mean()) for row in h + theta - (w - derivative)]
+    wanted = {"loss": sum(mse) / n, "mse": sum(mse) / n,
+              "mse_flow": [sum(x for x, j in zip(mse, jump, strict=True) if not j), n - 3],
+              "mse_jump": [sum(x for x, j in zip(mse, jump, strict=True) if j), 3],
+              "rms_w": float(w.square().mean().sqrt()),
+              "rms_correction": float(derivative[::4].square().mean().sqrt())}
+    assert {name: x.tolist() for name, x in numbers.items()} == {
+        name: pytest.approx(x, rel=1e-9) for name, x in wanted.items()}
+    assert not any(x.requires_grad for x in numbers.values())
+
+
+def test_defaults_are_those_of_the_flags():
+    args = vars(train_meanflow.parse_args([]))
+    args["eta"], = args["eta"]
+    parameters = inspect.signature(meanflow_loss).parameters
+    for name in ("eta", "derivative", "delta_t", "loss_form", "loss_power", "loss_eps"):
+        assert parameters[name].default == args[name], name
+    parameters = inspect.signature(transport_derivative).parameters
+    for name in ("derivative", "delta_t"):
+        assert parameters[name].default == args[name], name
+
+
+# ---- the cheap step against the straightforward ones -------------------------------------------------------
 @pytest.mark.parametrize("eta", [1, 0.3, 0])
-@pytest.mark.parametrize("oracle, derivative", [(meanflow_as_published, "fd-central"), (meanflow_as_published, "fd"),
-                                                (meanflow_all_rows, "fd-central"), (meanflow_exact, "jvp")])
+@pytest.mark.parametrize("oracle, derivative", [
+    (meanflow_as_published, "fd-central"), (meanflow_as_published, "fd"), (meanflow_all_rows, "fd-central"),
+    (meanflow_exact, "jvp")])
 def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, oracle, derivative, eta):
-    """Derivative under autograd and for all rows, or without gradient and for one row in four: the same gradient, to 1e-6. (The times
-    leave room for the central stencil, which "fd" then takes too.)"""
+    """Derivative under autograd and for all rows, or without gradient and for one row in four: the same
+    gradient, to 1e-6. (The times leave room for the central stencil, which "fd" then takes too.)"""
     torch.manual_seed(0)
     net, v = published["student"], published["teacher"]
     z, eps = torch.randn(2, 8, *net.shape).double()
     t = torch.rand(8).double() * 0.6 + 0.3
     s = torch.where(torch.arange(8) % 4 == 0, t - 0.2, t)
     y = torch.arange(8) % net.num_classes
-    h = lambda z, t, s, y: net(z, t, y, s)  # noqa: E731
     gradients = []
-    for loss in (oracle(h, v, z, eps, t, s, y, eta), meanflow_loss(h, v, z, eps, t, s, y, eta, derivative, rows=slice(0, None, 4))[0]):
+    for loss in (oracle(net, v, z, eps, t, y, s, eta),
+                 meanflow_loss(net, v, z, eps, t, y, s, eta, derivative, rows=slice(0, None, 4), **plain)[0]):
         net.zero_grad()
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
@@ -392,9 +515,10 @@ def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, 
         assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
 
 
-# ---- guidance -----------------------------------------------------------------------------------------------------------------
+# ---- guidance ----------------------------------------------------------------------------------------------
 def test_guidance(published):
-    """v_weak + w (v - v_weak), with and without a weaker teacher, within the interval alone; none for rows without label."""
+    """v_weak + w (v - v_weak), with and without a weaker teacher, within the interval alone; none for rows
+    without label."""
     teacher, z, t, y = (published[name] for name in ("teacher", "z", "t", "y"))
     weak = copy.deepcopy(teacher)
     with torch.no_grad():
@@ -405,16 +529,23 @@ def test_guidance(published):
         torch.testing.assert_close(guided(teacher, 2.5, weak=weak)(z, t, y), poor + 2.5 * (v - poor))
         inside = ((t >= 0.3) & (t <= 0.8))[:, None, None, None]
         assert inside.any() and not inside.all()
-        torch.testing.assert_close(guided(teacher, 2.5, (0.3, 0.8))(z, t, y), torch.where(inside, free + 2.5 * (v - free), v))
+        torch.testing.assert_close(guided(teacher, 2.5, (0.3, 0.8))(z, t, y),
+                                   torch.where(inside, free + 2.5 * (v - free), v))
         torch.testing.assert_close(guided(teacher, 2.5)(z, t, none), free)
-    assert guided(teacher) is teacher
+    assert guided(teacher) is teacher and guided(teacher, 1.0, (0.3, 0.8)) is teacher
     with pytest.raises(InputError, match="without --guidance"):
         guided(teacher, weak=weak)
+    with pytest.raises(InputError, match="the lower time comes first"):
+        guided(teacher, 2.5, (0.8, 0.3))
+    other = DiTDH(4, 8, (24, 40), (1, 1), (2, 2), teacher.num_classes + 1)
+    with pytest.raises(InputError, match=f"{teacher.num_classes + 1} classes"):
+        guided(teacher, 2.5, weak=other)
 
 
 def test_mfd_at_the_exact_mean_velocity_of_a_guided_teacher():
-    """Guidance of linear velocities is linear: with labels' means +m, -m (and N(0, ...) without label it is no flow, but a velocity)
-    v = a z + b y, guided b -> w b. The student at the guided mean velocity has no error: one evaluation is enough."""
+    """Guidance of linear velocities is linear: with labels' means +m, -m (and N(0, ...) without label it is
+    no flow, but a velocity) v = a z + b y, guided b -> w b. The student at the guided mean velocity has no
+    error: one evaluation is enough."""
     w, n, shape = 3.0, 8, (2, 2, 2)
 
     class Teacher:
@@ -423,10 +554,10 @@ def test_mfd_at_the_exact_mean_velocity_of_a_guided_teacher():
         def __call__(self, z, t, y):              # dz/dt = z + b(y), b = +1, -1, and 0 without label
             return z + torch.tensor([1.0, -1.0, 0.0]).double()[y][:, None, None, None]
 
-    def h(z, t, s, y):                            # the flow is z_s + b = exp(s - t) (z_t + b), b scaled by w
-        b, d = w * torch.tensor([1.0, -1.0, 0.0]).double()[y][:, None, None, None], (t - s)[:, None, None, None]
+    def h(z, t, y, s):                            # the flow is z_s + b = exp(s - t) (z_t + b), b scaled by w
+        b, d = per_row(w * torch.tensor([1.0, -1.0, 0.0]).double()[y], z), per_row(t - s, z)
         return (z + b) * torch.where(d > 0, -torch.expm1(-d) / d.clamp(min=1e-12), 1.0)
     z, eps = torch.randn(2, n, *shape, generator=torch.Generator().manual_seed(0)).double()
     t = torch.linspace(0.3, 1, n).double()
-    _, numbers = meanflow_loss(h, guided(Teacher(), w), z, eps, t, t * 0.4, torch.arange(n) % 3)
+    _, numbers = meanflow_loss(h, guided(Teacher(), w), z, eps, t, torch.arange(n) % 3, t * 0.4)
     assert numbers["mse"] < 1e-20

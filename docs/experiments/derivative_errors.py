@@ -1,13 +1,12 @@
-"""How exact is dh/dt? The derivatives of train_meanflow.py on a trained student, against the exact one in double precision.
+"""How exact is dh/dt? train_meanflow.py's on a trained student, against the exact one in double precision.
 
-    python docs/experiments/derivative_errors.py --run runs/sanity        # a run with latents, teacher and mfd in it; a minute on a CPU
+    python docs/experiments/derivative_errors.py --run runs/sanity       # a minute on a CPU
 
-Rows are the training's: real latents, shifted times s < t, the teacher's velocity as tangent. Prints Markdown: the norm of the error
-over the norm of dh/dt, all rows together, and in brackets the median over rows. The networks are evaluated in the precision named;
-everything else is float32 (float64 in the first column). Training never takes finite differences in bf16 or TF32: `--derivative fd`
-is float32, whatever the autocast.
+Rows are the training's: real latents, shifted times s < t, the teacher's velocity as tangent. Prints
+Markdown: the norm of the error over the norm of dh/dt, all rows together, and in brackets the median over
+rows. The student is evaluated in the precision named; the rest is float32 (float64 in the first column).
+Training never takes finite differences in bf16 or TF32: `--derivative fd` is float32, whatever the autocast.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,36 +14,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from encode_latents import Latents  # noqa: E402
-from model import command, generator, load_network, normalize, time_shift  # noqa: E402
-from train_meanflow import meanflow_loss  # noqa: E402
+from model import (  # noqa: E402
+    ArgumentParser, command, generator, load_network, normalize, time_shift, whole)
+from train_meanflow import transport_derivative  # noqa: E402
 
 
-def derivative(net, v, z_0, eps, t, s, y, precision, **how):
-    """dh/dt as meanflow_loss takes it, read off its gradient: d loss / d h_t = 2 (h_t - u) / numel, u = w - (t - s) dh/dt."""
+def derivative(net, v, z_0, eps, t, y, s, precision, **how):
+    """dh/dt along the teacher's velocity, the student evaluated in `precision`."""
     dtype = torch.float64 if precision == "float64" else torch.float32
     z_0, eps, t, s = (x.to(dtype) for x in (z_0, eps, t, s))
     net, v = net.to(dtype), v.to(dtype)
 
-    def h_fixed(z, t, s, y):
-        if precision == "TF32":
-            torch.set_float32_matmul_precision("high")
+    def h(z, t, y, s):
+        # Within the finite differences too, which set it to "highest", and set it back in the end.
+        torch.set_float32_matmul_precision("high" if precision == "TF32" else "highest")
         with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return net(z, t, y, s).to(dtype)
     t_ = t[:, None, None, None]
     z_t = (1 - t_) * z_0 + t_ * eps
     with torch.no_grad():
-        w, h_t = v(z_t, t, y), h_fixed(z_t, t, s, y)
-    h_t.requires_grad_()
-    loss, _ = meanflow_loss(lambda *_: h_t, lambda *_: w, z_0, eps, t, s, y, h_fixed=h_fixed, **how)
-    loss.backward()
-    u = h_t.detach() - h_t.grad * h_t.numel() / 2
-    return ((w - u) / (t - s)[:, None, None, None]).double()
+        dh_dt = transport_derivative(h, z_t, t, y, s, v(z_t, t, y), **how)
+    torch.set_float32_matmul_precision("highest")
+    return dh_dt.double()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", default="runs/sanity", help="folder with latents, teacher and mfd (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=256, help="(default %(default)s)")
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument("--run", default="runs/sanity", help="folder with latents, teacher and mfd in it")
+    parser.add_argument("--rows", type=whole(), default=256, help="of the batch")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, run = Latents(f"{args.run}/latents"), Path(args.run)
@@ -53,21 +50,23 @@ def main():
     net, v = net.to(device).requires_grad_(False), v.to(device).requires_grad_(False)
     g = generator("cpu", 0, "derivative errors")
     z_0, y = data.__getitems__(torch.randint(len(data), (args.rows,), generator=g).tolist())
-    s, t = time_shift(torch.rand(args.rows, 2, generator=g), config["time_shift"]).sort(dim=1).values.unbind(1)
-    batch = [x.to(device) for x in (normalize(z_0, stats), torch.randn(z_0.shape, generator=g), t, s, y)]
+    u = torch.rand(args.rows, 2, generator=g)
+    s, t = time_shift(u, config["time_shift"]).sort(dim=1).values.unbind(1)
+    eps = torch.randn(z_0.shape, generator=g)
+    batch = [x.to(device) for x in (normalize(z_0, stats), eps, t, y, s)]
 
     truth = derivative(net, v, *batch, "float64", derivative="jvp")
     precisions = ["float64", "float32", *(["TF32"] if device.type == "cuda" else []), "bf16"]
     print("| derivative | " + " | ".join(precisions) + " |\n|" + "---|" * (1 + len(precisions)))
-    for name, how in [("exact", dict(derivative="jvp")), *((f"D = {d:g}", dict(derivative="fd", delta_t=d)) for d in
-                      (1e-1, 3e-2, 1e-2, 5e-3, 1e-3, 3e-4, 1e-4, 1e-5))]:
+    differences = (1e-1, 3e-2, 1e-2, 5e-3, 1e-3, 3e-4, 1e-4, 1e-5)
+    for name, how in [("exact", dict(derivative="jvp")),
+                      *((f"D = {d:g}", dict(derivative="fd", delta_t=d)) for d in differences)]:
         cells = []
         for precision in precisions:
             error = (derivative(net, v, *batch, precision, **how) - truth).flatten(1).norm(dim=1)
             size = truth.flatten(1).norm(dim=1)
             cells.append(f"{error.norm() / size.norm():.1e} ({(error / size).median():.1e})")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-        torch.set_float32_matmul_precision("highest")
 
 
 if __name__ == "__main__":

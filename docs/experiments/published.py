@@ -1,12 +1,14 @@
 """A stage as the published code has it where ours departs from it and has no flag: for the ablations alone.
 
-    python docs/experiments/published.py labels,embedding train_meanflow.py ...      the stage's own flags follow
-    python docs/experiments/published.py times train_cmt.py ...
+    python docs/experiments/published.py labels,embedding train_meanflow.py ...
+    python docs/experiments/published.py times train_cmt.py ...               the stage's own flags follow
 
-labels     the student drops labels once more, in one row in ten and anew in each of its evaluations, so that the ends of a finite
-           difference can see different labels
-embedding  the new embedding of t - s starts with torch's random weights, so that the student does not start as its teacher
-times      CMT calls the points of a trajectory by evenly spaced times, though the solver went along the shifted grid
+labels     the student drops labels once more, in one row in ten and anew in each of its evaluations, so
+           that the ends of a finite difference can see different labels
+embedding  the new embedding of t - s starts with torch's random weights, so that the student does not start
+           as its teacher
+times      CMT calls the points of a trajectory by evenly spaced times, though the solver went along the
+           shifted grid
 """
 import importlib
 import sys
@@ -15,15 +17,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import DiTDH, command, generator  # noqa: E402
+from model import DiTDH, Pair, command, generator  # noqa: E402
 
 
 def drop_labels():
     forward = DiTDH.forward
 
     def dropping(self, z, t, y, s=None):
-        if s is not None:                         # the times tell steps and evaluations apart: --resume draws the same
-            g = generator(y.device, "dropped again", float(t[0]), float(t[-1]))
+        if s is not None:
+            # The times tell steps and evaluations apart: --resume draws the same.
+            times = t.value if isinstance(t, Pair) else t
+            g = generator(y.device, "dropped again", float(times[0]), float(times[-1]))
             y = torch.where(torch.rand(len(y), generator=g, device=y.device) < 0.1, self.num_classes, y)
         return forward(self, z, t, y, s)
     DiTDH.forward = dropping
@@ -52,6 +56,7 @@ if __name__ == "__main__":
     ingredients, script = sys.argv[1].split(","), Path(sys.argv[2])
     stage = importlib.import_module(script.stem)
     for name in ingredients:
-        {"labels": drop_labels, "embedding": random_embedding, "times": lambda: even_times(stage.TrajectoryPool)}[name]()
-    sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]                           # for run.json's record of the command
+        {"labels": drop_labels, "embedding": random_embedding,
+         "times": lambda: even_times(stage.TrajectoryPool)}[name]()
+    sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]        # for run.json's record of the command
     command(stage.main)
