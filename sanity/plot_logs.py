@@ -3,13 +3,15 @@
     python sanity/plot_logs.py runs/cmt runs/meanflow --out logs.png
     python sanity/plot_logs.py runs/a runs/b --keys mse grad_norm --out logs.png
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import InputError, command, write_atomically  # noqa: E402
+from model import ArgumentParser, InputError, command, say, write_atomically  # noqa: E402
+
+KEYS = ["loss", "mse_flow", "mse_jump", "grad_norm", "grad_norm_max", "rms_w", "rms_correction", "lr",
+        "samples_per_second"]
 
 
 def read_log(run):
@@ -29,11 +31,10 @@ def read_log(run):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", help="folders of training runs")
-    parser.add_argument("--keys", nargs="+", default=["loss", "mse", "grad_norm", "grad_norm_max", "lr", "samples_per_second"],
-                        help="what to draw, a panel each (default %(default)s)")
-    parser.add_argument("--out", default="logs.png", help="the picture (default %(default)s)")
+    parser.add_argument("--keys", nargs="+", default=KEYS, help="what to draw, a panel each")
+    parser.add_argument("--out", default="logs.png", help="the picture")
     args = parser.parse_args(argv)
     logs = {run: read_log(run) for run in args.runs}
     keys = [key for key in args.keys if any(key in line for log in logs.values() for line in log)]
@@ -47,7 +48,8 @@ def main(argv=None):
     import matplotlib.pyplot as plt
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False,
+                                layout="constrained")
     for ax in axes.flat[len(keys):]:
         ax.remove()
     for ax, key in zip(axes.flat, keys, strict=False):
@@ -62,7 +64,7 @@ def main(argv=None):
         ax.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
     write_atomically(args.out, lambda path: figure.savefig(path, format="png", dpi=110))
-    print(f"{args.out}: {len(keys)} panels, {len(logs)} runs")
+    say(f"{args.out}: {len(keys)} panels, {len(logs)} runs")
 
 
 if __name__ == "__main__":
