@@ -26,7 +26,10 @@ from sanity import random_encoder
 SCRIPT = Path(encode_latents.__file__)
 
 
-def encoder_folder(name="tiny", folder=Path(tempfile.mkdtemp()), **sizes):
+ENCODERS = Path(tempfile.mkdtemp())
+
+
+def encoder_folder(name="tiny", folder=ENCODERS, **sizes):
     """A folder with a random encoder, made once."""
     sizes = dict(width=16, depth=1, heads=2, patch=8, seed=3) | sizes
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
@@ -733,7 +736,7 @@ def test_names_of_numbers_and_of_strange_bytes(tmp_path, capsys):
 
 def test_strips_take_little_memory(tmp_path):
     """Each is a few kB as a file; enlarged, it would be gigabytes."""
-    program = f"""
+    program = """
 import resource, sys
 import numpy as np
 from PIL import Image
@@ -936,7 +939,7 @@ def test_ranges_at_the_parser(tmp_path, flags, capsys):
 
 def test_a_full_disk_is_one_line(data, tmp_path):
     """The files that fitted stay, and the same command goes on."""
-    program = f"""
+    program = """
 import resource, signal, sys
 import encode_latents, model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
