@@ -306,7 +306,8 @@ def write_report(path, about, rows, checks, seconds):
         lines.append(
             f"| {name} | {cell(row['nfe'])} | {row['encoder']:.3g} | {row['classifier']:.3g} | "
             f"{row['last_block']:.3g} | {row['accuracy']:.4f} | {cell(row['likeness'], '.3f')} | "
-            f"{row['count']:,} | {cell(row['training_seconds'], '.0f')} | {cell(row['sampling_seconds'], '.0f')} |"
+            f"{row['count']:,} | {cell(row['training_seconds'], '.0f')} | "
+            f"{cell(row['sampling_seconds'], '.0f')} |"
         )
     lines += [
         "",
