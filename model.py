@@ -240,7 +240,10 @@ def pairwise_jvp(function, values, tangents):
     """torch.func.jvp of a function that hands its arguments to a DiTDH and returns its answer.
 
     Part by part, so that torch.compile serves all blocks of a tower with one graph."""
-    return function(*map(Pair, values, tangents))
+    def plain(x):
+        # A compiled part wants a value and its tangent to lie alike in memory: no views.
+        return x.clone(memory_format=torch.contiguous_format)
+    return function(*(Pair(plain(x), plain(dx)) for x, dx in zip(values, tangents, strict=True)))
 
 
 class DiTDH(nn.Module):
@@ -311,13 +314,14 @@ class DiTDH(nn.Module):
         return self.t_embedder(t) if s is None else self.t_embedder(t) + self.r_embedder(t - s)
 
     def run(self, part, *inputs):
-        """Apply a part of the network, to values or to pairs."""
+        """Apply a part of the network, to values or to pairs; only modules are worth compiling."""
+        apply = self.apply_part if isinstance(part, nn.Module) else apply_part
         if self.checkpoint_activations and torch.is_grad_enabled() and isinstance(part, Block):
-            return checkpoint(self.apply_part, part, *inputs, use_reentrant=False)
-        return self.apply_part(part, *inputs)
+            return checkpoint(apply, part, *inputs, use_reentrant=False)
+        return apply(part, *inputs)
 
     def compile(self, **options):
-        """Compile part by part: all blocks of a tower share a graph, one for values, one for pairs."""
+        """Compile blocks and last layer: a tower's blocks share a graph, one for values, one for pairs."""
         # A graph for each number of rows, with gradient and without; beyond the limit is an error.
         torch._dynamo.config.recompile_limit = 64
         self.apply_part = torch.compile(apply_part, fullgraph=True, **options)

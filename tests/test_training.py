@@ -179,6 +179,8 @@ def test_two_compiled_processes(home, tmp_path):
     train(home, "meanflow", tmp_path / "one", "--steps", "2")
     run_on(2, compiled, arguments(home, "meanflow", tmp_path / "two", "--steps", "2", "--compile", "--checkpoint-activations"))
     assert close(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
 
 
 def test_the_student_starts_as_the_teacher(home, capsys):
