@@ -1,4 +1,4 @@
-"""The straightforward MeanFlow steps: oracles for the tests, the first two baselines for tests/benchmark.py.
+"""The straightforward MeanFlow steps: oracles for the tests, the first two baselines for tests/benchmarks/benchmark.py.
 
 All: (h, v, z_0, eps, t, y, s, eta, delta_t) as in train_meanflow.meanflow_loss, the plain mean squared error;
 the first two with central differences. They return the loss, whose gradient must be the same.

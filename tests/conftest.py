@@ -90,3 +90,15 @@ def published(figures):
     t, s, y = (torch.tensor(figures["inputs"][name], dtype=dtype) for name, dtype in
                (("t", torch.double), ("r", torch.double), ("y", torch.long)))
     return dict(teacher=teacher, student=student, z=z, eps=eps, t=t, s=s, y=y)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """Images, latents, a teacher and a CMT student, each made by its own script."""
+    from runs import encode, random_images, train
+    home = tmp_path_factory.mktemp("home")
+    random_images(home / "images")
+    encode(home)
+    train(home, "teacher", f"{home}/teacher", "--steps", "8")
+    train(home, "cmt", f"{home}/cmt")
+    return home

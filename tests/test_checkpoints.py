@@ -3,7 +3,7 @@ import argparse
 
 import pytest
 import torch
-from test_training import TINY
+from runs import TINY
 
 import model
 

@@ -4,7 +4,7 @@ import copy
 import numpy
 import pytest
 import torch
-from test_training import encode, log, random_images, save_decoder, train
+from runs import encode, log, random_images, save_decoder, train
 
 import sample
 from model import load_network, pairwise_jvp, read_json

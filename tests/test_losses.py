@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from baselines import meanflow_all_rows, meanflow_as_published, meanflow_exact
-from test_model import same
+from test_networks import same
 
 import train_cmt
 import train_meanflow

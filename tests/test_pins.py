@@ -7,11 +7,9 @@ import torch
 import eval_fid
 import model
 import sample
-import test_training as training
 from test_eval_fid import Small, draw
-from test_training import STAGES, TINY, lively, log, save_decoder, train, weights
+from runs import STAGES, TINY, lively, log, save_decoder, train, weights
 
-home = training.home                              # the fixture, for this file as well
 
 
 def state(folder, step):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from test_training import let_go, run_on
+from runs import let_go, run_on
 
 import model
 import sample

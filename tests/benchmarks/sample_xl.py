@@ -2,7 +2,7 @@
 
 Their weights are random, and made here (6 GB of disk).
 
-    python tests/sample_xl.py          # prints seconds and peak memory; docs/PUBLISHED.md holds what was measured
+    python tests/benchmarks/sample_xl.py          # prints seconds and peak memory; docs/PUBLISHED.md holds what was measured
 """
 import resource
 import subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from model import DECODER_PRESETS, DIT_PRESETS, DiTDH, ViTDecoder  # noqa: E402
 

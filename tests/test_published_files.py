@@ -256,7 +256,7 @@ def test_autoencoder_round_trip_is_bit_identical(autoencoder, tmp_path):
 # ---- what they cost ------------------------------------------------------------------------------------------------------------
 def test_multiply_adds():
     """GMAC in both conventions, to 0.5%, and the paper's for one image at 512 px."""
-    import benchmark
+    from benchmarks import benchmark
     for got, full, linear in ((benchmark.backbone("DiTDH-XL", 256), 161.58, 157), (benchmark.decoder("ViT-XL", 256), 110.82, 106.5)):
         assert got[1:] == (pytest.approx(full, rel=0.005), pytest.approx(linear, rel=0.005))
     linear = benchmark.backbone("DiTDH-XL", 512)[2] + benchmark.decoder("ViT-XL", 512)[2]
@@ -265,7 +265,7 @@ def test_multiply_adds():
 
 def test_benchmark_runs(tmp_path, capsys):
     """Every step is timed and has its row; the reader, which would write a gigabyte, is left out."""
-    import benchmark
+    from benchmarks import benchmark
     benchmark.main(["--preset", "DiTDH-mini", "--decoder", "ViT-mini", "--batch-size", "4", "--repeats", "1", "--sampling-batch", "1",
                     "--parts", "steps", "sampling", "--json", str(tmp_path / "b.json")])
     results = model.read_json(tmp_path / "b.json")

@@ -1,10 +1,10 @@
 """What a step costs, on the machine at hand.
 
-    python tests/benchmark.py              # steps, sampling, the reader: minutes on a GPU, hours on two CPU cores
-    python tests/benchmark.py --preset DiTDH-XL --precision bf16 --compile --micro-batch 32 --json xl.json
-    python tests/benchmark.py --table      # parameters and multiply-adds of every preset, on the meta device
-    python tests/benchmark.py --fit        # the largest micro-batch for cards, presets and stages, computed
-    python tests/benchmark.py --metrics    # eval_fid.py's metrics of 50,000 x 2048 features (minutes on a CPU)
+    python tests/benchmarks/benchmark.py              # steps, sampling, the reader: minutes on a GPU, hours on two CPU cores
+    python tests/benchmarks/benchmark.py --preset DiTDH-XL --precision bf16 --compile --micro-batch 32 --json xl.json
+    python tests/benchmarks/benchmark.py --table      # parameters and multiply-adds of every preset, on the meta device
+    python tests/benchmarks/benchmark.py --fit        # the largest micro-batch for cards, presets and stages, computed
+    python tests/benchmarks/benchmark.py --metrics    # eval_fid.py's metrics of 50,000 x 2048 features (minutes on a CPU)
 
 F is one forward pass of the student for the same batch, without gradient. Steps are forward and backward of the
 stages' own losses, random data and weights; optimizer and average are timed apart. A busy machine disturbs a
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from baselines import meanflow_all_rows, meanflow_as_published  # noqa: E402
 from model import (  # noqa: E402
     DECODER_PRESETS,

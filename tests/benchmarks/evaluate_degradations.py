@@ -1,7 +1,7 @@
 """The tables of docs/EVALUATION.md: how the metrics answer to degraded photographs, and to few of them.
 
     python sanity/random_encoder.py --out runs/encoder48 --width 48 --depth 2 --heads 4 --patch 4
-    python tests/evaluate_degradations.py data/cifar10_train.zip --features encoder:runs/encoder48
+    python tests/benchmarks/evaluate_degradations.py data/cifar10_train.zip --features encoder:runs/encoder48
 
 The images are split in two halves by a seeded permutation. One is the reference. The other is compared with
 it as it is, then blurred, noised and compressed, and then in parts of N images, to show the bias at small N.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from encode_latents import Images  # noqa: E402
 from eval_fid import Moments, frechet_distance, load_features, precision_recall  # noqa: E402
 from model import ArgumentParser, command, launch, say, whole  # noqa: E402
