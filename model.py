@@ -793,9 +793,12 @@ def hold(path, *names):
                              "wait for it or end it, or give another --out") from error
         say(f"warning: no locks on this disk ({error}): start nothing twice for {what}", sys.stderr)
     else:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        except OSError:                           # a full disk: locked all the same
+            pass
     # Closing it would give the lock away.
     HELD.append(file)
     for left in path.parent.glob(".*.tmp"):
@@ -890,13 +893,13 @@ def read_tensors(path, check=True):
 
 # ---- Networks in files ---------------------------------------
 def save_network(folder, state, config, stats):
-    """A folder to sample from: config.json, latent_stats.safetensors, model.safetensors (last).
+    """A folder to sample from: latent_stats.safetensors, config.json, model.safetensors (last).
 
     config: {"kind": "teacher" | "student" | "decoder", "network": the constructor's arguments, ...},
     which may be edited by hand; stats: (mean, var)."""
     folder = Path(folder)
-    write_json(folder / "config.json", config, digest=False)
     write_tensors(folder / "latent_stats.safetensors", {"mean": stats[0], "var": stats[1]})
+    write_json(folder / "config.json", config, digest=False)
     write_tensors(folder / "model.safetensors", state)
 
 
@@ -1001,15 +1004,24 @@ def load_strictly(net, state, new=""):
     net.load_state_dict({name: own[name] if name in fresh else state[name] for name in own})
 
 
-def build(network, arguments, found=None):
+def network_of(config):
+    """The constructor's arguments in a config.json; {} if there are none. InputError: they are no dict."""
+    arguments = config.get("network", {})
+    if not isinstance(arguments, dict):
+        raise InputError(f"config.json has network {arguments!r}, where it needs names and sizes: restore it")
+    return arguments
+
+
+def build(network, arguments, found):
     """network(**arguments) of a config.json.
 
     InputError: these are no arguments, or not the sizes `found` in the tensors;
     a wrong number allocates nothing."""
     try:
-        for name, value in (found or {}).items():
-            if list(arguments[name]) != list(value) if isinstance(value, tuple) else arguments[name] != value:
-                raise ValueError(f"{name} {arguments[name]}, its weights say {value}")
+        for name, value in found.items():
+            given = arguments[name]
+            if (tuple(given) if isinstance(value, tuple) else given) != value:
+                raise ValueError(f"{name} {given}, its weights say {value}")
         return network(**arguments)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise InputError(
@@ -1045,7 +1057,7 @@ def load_network(source, kind=None, new="", num_classes=None, weights=True):
     kind: "teacher", "student", or None for either.
     new: see `load_strictly`. "r_embedder." lets a teacher's weights start a student,
     "y_embedder." together with num_classes an own label table.
-    weights=False: a folder's network as it is made.
+    weights=False: a run's network as it is made, of the sizes in its newest state.
     Returns (net on the CPU, config, stats or None); net.digest: of what it is, wherever it lies."""
     path, config, stats, state, digest = find(source), {}, None, {}, ""
     if path.is_dir():
@@ -1054,6 +1066,8 @@ def load_network(source, kind=None, new="", num_classes=None, weights=True):
         path = path / "model.safetensors"
     if weights:
         state, digest = read_state(path)
+    else:
+        state = network_in_state(path.parent)
     found = config.get("kind") or ("student" if "r_embedder.W" in state else "teacher")
     kind = kind or found
     if found not in ("teacher", "student"):
@@ -1061,9 +1075,9 @@ def load_network(source, kind=None, new="", num_classes=None, weights=True):
     if found != kind and not (found == "teacher" and new == "r_embedder."):
         maker = ": python train_cmt.py makes one from it" if found == "teacher" else ""
         raise InputError(f"{source} is a {found}, a {kind} is needed here{maker}")
-    arguments = config.get("network") or dit_arguments(state)
-    sizes = dit_arguments(state, arguments.get("depth")) if weights else None
-    arguments = {**arguments, "time_difference": kind == "student"}
+    arguments = network_of(config)
+    sizes = dit_arguments(state, arguments.get("depth"))
+    arguments = {**(arguments or sizes), "time_difference": kind == "student"}
     if num_classes:
         arguments["num_classes"] = sizes["num_classes"] = num_classes
         kept = [name for name in state if not name.startswith("y_embedder.")]
@@ -1073,9 +1087,8 @@ def load_network(source, kind=None, new="", num_classes=None, weights=True):
         load_strictly(net, state, new)
     config = {"time_shift": default_time_shift(net.shape), **config, "kind": kind, "network": arguments}
     shift = config["time_shift"]
-    if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
-        raise InputError(
-            f"{source}: time_shift in config.json is {shift}, it must be a number above 0")
+    if not isinstance(shift, (int, float)) or not 0 < shift < 1e6:
+        raise InputError(f"{source}: time_shift in config.json is {shift}, it must be a number above 0")
     net.digest = digest_of_text(digest, kind, arguments, shift)
     return net, config, stats
 
@@ -1094,8 +1107,8 @@ def load_decoder(source):
         stats = load_stats(path / "latent_stats.safetensors")
         path = path / "model.safetensors"
     state, digest = read_state(path)
-    found = decoder_arguments(state, config.get("network", {}).get("num_heads"))
-    decoder = build(ViTDecoder, config.get("network") or found, found)
+    found = decoder_arguments(state, network_of(config).get("num_heads"))
+    decoder = build(ViTDecoder, network_of(config) or found, found)
     load_strictly(decoder, state)
     decoder.digest = digest_of_text(digest, found)
     return decoder, stats
@@ -1144,6 +1157,8 @@ def decoder_from_diffusers(tensors, digest, config):
             num_heads=config["decoder_num_attention_heads"],
             mlp_size=config["decoder_intermediate_size"],
             patch_size=config["patch_size"])
+        if not all(isinstance(size, int) and 0 < size < 1e5 for size in arguments.values()):
+            raise KeyError("sizes of a decoder")
         # The table is not always stored.
         tokens = arguments["input_size"] ** 2 + 1
         state = {"decoder_pos_embed": torch.empty(1, tokens, width, device="meta")} | state
@@ -1202,6 +1217,8 @@ def begin_run(out, args, defaults, stats, **inputs):
     hold(out / ".lock", "run.json", "log.jsonl", "config.json", "*.safetensors")
     if (out / "config.json").exists() or states_of(out):
         before = read_json(out / "run.json") if (out / "run.json").exists() else {"settings": {}}
+        if not isinstance(before.get("settings"), dict):
+            raise InputError(f"{out / 'run.json'} has no settings: restore it, or give another --out")
         # What an older version did not record counts as its default, or as these inputs.
         refuse_other(out, vars(defaults) | contents | before["settings"], settings | contents)
         if not args.resume:
@@ -1227,49 +1244,79 @@ def append_line(path, text):
             pass
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")    # of AdamW
+MOMENTS = ("exp_avg", "exp_avg_sq")               # of AdamW
 
 
 def states_of(out):
     """{step: path} of the states in a run's folder, newest first."""
     paths = Path(out).glob("state_*")
-    found = ((re.fullmatch(r"state_(\d{8,})\.safetensors", path.name), path) for path in paths)
+    found = ((re.fullmatch(r"state_(\d{8,18})\.safetensors", path.name), path) for path in paths)
     states = ((int(name[1]), path) for name, path in found if name)
     return dict(sorted(states, reverse=True))
+
+
+def resumes(args):
+    """Whether --resume finds a network and a state in --out: then --init is not needed any more."""
+    return args.resume and is_described(Path(args.out)) and bool(states_of(args.out))
+
+
+def is_described(folder):
+    return (folder / "config.json").exists() and (folder / "latent_stats.safetensors").exists()
+
+
+def network_in_state(folder):
+    """{name: tensor} of the network in a folder's newest readable state, as maps of the file."""
+    for path in states_of(folder).values():
+        try:
+            tensors, _ = read_tensors(path, check=False)
+        except InputError:
+            continue
+        return {name[4:]: tensors[name] for name in tensors if name.startswith("net/")}
+    return {}
+
+
+def contents(net, average, optimizer):
+    """{name: tensor} of all that a state holds: the tensors themselves, which can be copied into."""
+    tensors = {f"net/{name}": tensor for name, tensor in net.state_dict().items()}
+    for (name, p), mean in zip(net.named_parameters(), average.parameters(), strict=True):
+        if p.requires_grad:
+            tensors[f"average/{name}"] = mean
+            tensors |= {f"{moment}/{name}": optimizer.state[p][moment] for moment in MOMENTS}
+    return tensors
 
 
 def save_state(out, run, step, seconds, net, average, optimizer, config, stats, keep, keep_every):
     """What --resume goes on from (network, average, optimizer, step), then the folder to sample from.
 
-    The folder's weights are the average.
-    Then remove all but the newest `keep` states and those at multiples of `keep_every`."""
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    mean = dict(average.named_parameters())
-    whole = average.state_dict()
-    norms = torch._foreach_norm([*trained.values(), *mean.values()])
+    The folder's weights are the average. InputError: weights are not finite."""
+    norms = torch._foreach_norm([*net.parameters(), *average.parameters()])
     if not torch.stack(norms).isfinite().all():
         raise InputError(f"weights are not finite at step {step}; not saved: "
                          "try a lower --lr or --clip, or --precision fp32")
     if is_first():
-        state = {f"net/{name}": tensor for name, tensor in net.state_dict().items()}
-        for name, p in trained.items():
-            state[f"average/{name}"] = mean[name]
-            for moment in MOMENTS:
-                state[f"{moment}/{name}"] = optimizer.state[p][moment]
+        whole = average.state_dict()
         header = {"step": str(step), "seconds": str(seconds), "run": run, "model": digest_of(whole)}
-        write_tensors(out / f"state_{step:08d}.safetensors", state, header)
+        write_tensors(out / f"state_{step:08d}.safetensors", contents(net, average, optimizer), header)
         save_network(out, whole, config, stats)
-        for old, path in list(states_of(out).items())[keep:]:
-            if not keep_every or old % keep_every:
-                path.unlink()
+        prune(out, keep, keep_every)
     # torchrun ends all processes when one ends: this one has saved.
     barrier()
 
 
-def load_newest_state(out, run, net, average, optimizer, config, stats):
+def prune(out, keep, keep_every):
+    """Remove all states but the newest `keep` and those at multiples of `keep_every`."""
+    for old, path in list(states_of(out).items())[keep:]:
+        if not keep_every or old % keep_every:
+            try:
+                path.unlink()
+            except OSError as error:
+                say(f"warning: {path} cannot be removed ({error.strerror})", sys.stderr)
+
+
+def load_newest_state(out, run, net, average, optimizer, config, stats, keep, keep_every):
     """Go on from the newest whole state of `out`, if any: networks and optimizer, in place.
 
-    Sees that the folder's network is that state's, and that the log ends there.
+    Then see that the folder is as save_state leaves it at that step, and that the log ends there.
     Returns (step, seconds of training so far). InputError: no state is whole, or one of another run."""
     step, states = 0, states_of(out) if out else {}
     for step, path in states.items() if is_first() else ():
@@ -1288,7 +1335,7 @@ def load_newest_state(out, run, net, average, optimizer, config, stats):
     step = int(all_reduce(torch.tensor(step if is_first() else 0), dist.ReduceOp.MAX))
     if out and is_first() and (out / "log.jsonl").exists():
         log = (out / "log.jsonl").read_text(errors="replace")
-        lines = re.findall(r'^({"step": (\d+).*}\n)', log, re.M)
+        lines = re.findall(r'^({"step": (\d{1,18})\b.*}\n)', log, re.M)
         kept = "".join(line for line, at in lines if int(at) <= step)
         write_atomically(out / "log.jsonl", lambda beside: beside.write_text(kept))
     if not step:
@@ -1298,18 +1345,27 @@ def load_newest_state(out, run, net, average, optimizer, config, stats):
             raise InputError(
                 f"{out} has no state of step {step} for this process: it must lie on a disk all nodes share")
         tensors, header = read_tensors(states[step], check=False)
-    net.load_state_dict({name[4:]: tensors[name] for name in tensors if name.startswith("net/")})
-    averages = dict(average.named_parameters())
+    for p in net.parameters():
+        if p.requires_grad:
+            moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+    wanted = contents(net, average, optimizer)
+    try:
+        seconds = float(header["seconds"])
+        if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in wanted.items()}:
+            raise ValueError("its tensors are not this network's")
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{states[step]} is no state of this run ({error}): move it away") from error
+    net.load_state_dict({name[4:]: tensors[name] for name in wanted if name.startswith("net/")})
+    average.load_state_dict(net.state_dict())     # what is not trained has no average
     with torch.no_grad():
-        for name, p in net.named_parameters():
-            averages[name].copy_(tensors[f"average/{name}"] if p.requires_grad else p)
-            if p.requires_grad:
-                moments = {moment: tensors[f"{moment}/{name}"].to(p.device) for moment in MOMENTS}
-                optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
     if is_first():
         whole, model = average.state_dict(), out / "model.safetensors"
         written = read_tensors(model, check=False)[1].get("sha256") if model.exists() else None
-        if written != header.get("model", digest_of(whole)) or not (out / "config.json").exists():
+        if written != header.get("model", digest_of(whole)) or not is_described(out):
             # Killed between the state and the network.
             save_network(out, whole, config, stats)
-    return step, float(header["seconds"])
+        prune(out, keep, keep_every)
+    return step, seconds

@@ -29,7 +29,7 @@ from torch import nn
 from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generator, generators, guided, is_first, launch,
-    load_network, load_newest_state, load_stats, not_negative, ode_times, positive, save_state, say,
+    load_network, load_newest_state, load_stats, not_negative, ode_times, positive, resumes, save_state, say,
     solve_ode, stop_signal, whole)
 
 
@@ -235,8 +235,7 @@ def load_inputs(args):
         zeros = torch.zeros(teacher.shape)
         return student, {"time_shift": default_time_shift(teacher.shape)}, (zeros, zeros + 1), teacher, None
     teacher, config, stats = load_network(args.teacher, "teacher")
-    if args.resume and Path(args.out, "config.json").exists():
-        # Its weights come with the state: --init is not needed any more.
+    if resumes(args):
         student, student_config, _ = load_network(args.out, "student", weights=False)
     else:
         student, student_config, _ = load_network(args.init or args.teacher, "student", new="r_embedder.")
@@ -275,7 +274,7 @@ def main(argv=None):
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     weights, averages = ([net.get_parameter(name) for name in trained] for net in (student, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    whole_run = (student, average, optimizer, config, stats)
+    whole_run = (student, average, optimizer, config, stats, args.keep, args.keep_every)
     first_step, seconds = load_newest_state(out, run, *whole_run)
     announce(student, f"trajectories of {args.teacher}", device, world, args, first_step)
 
@@ -326,7 +325,7 @@ def main(argv=None):
             log(out, args, done, numbers, lr, clock)
         if saves and out:
             begin = time.perf_counter()
-            save_state(out, run, done, clock["seconds"], *whole_run, args.keep, args.keep_every)
+            save_state(out, run, done, clock["seconds"], *whole_run)
             clock["since"] += time.perf_counter() - begin     # saving is not training time
         if stop:
             say(f"stopped after step {done}: the same command with --resume goes on")

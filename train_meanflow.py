@@ -37,8 +37,8 @@ from encode_latents import TrainingData
 from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generators, guided, is_first, launch, load_network,
-    load_newest_state, load_stats, normalize, not_negative, number, pairwise_jvp, positive, save_state,
-    say, stop_signal, time_shift, whole)
+    load_newest_state, load_stats, normalize, not_negative, number, pairwise_jvp, positive, resumes,
+    save_state, say, stop_signal, time_shift, whole)
 
 
 def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.005, loss_form="published",
@@ -282,9 +282,7 @@ def load_inputs(args, data):
         teacher = DiTDH(**sizes, **DIT_PRESETS[args.preset]) if any(args.eta) else None
         student = DiTDH(**sizes, **DIT_PRESETS[args.preset], time_difference=True)
         return student, {"time_shift": default_time_shift(data.shape)}, data.stats, teacher, None
-    resumed = args.resume and Path(args.out, "config.json").exists()
-    if resumed:
-        # Its weights come with the state: --init is not needed any more.
+    if resumes(args):
         student, config, stats = load_network(args.out, "student", weights=False)
     else:
         student, config, stats = load_network(args.init, "student", new="r_embedder.")
@@ -293,7 +291,7 @@ def load_inputs(args, data):
     if args.stats:
         stats = load_stats(args.stats, data.shape)
     stats = stats if stats is not None else data.stats
-    for name, net in (("--out" if resumed else "--init", student), ("--teacher", teacher)):
+    for name, net in (("--out" if resumes(args) else "--init", student), ("--teacher", teacher)):
         if net and (net.shape != data.shape or net.num_classes != len(data.classes)):
             raise InputError(f"{name} is for latents {net.shape} of {net.num_classes} classes, --latents "
                              f"{args.latents} holds {data.shape} of {len(data.classes)}")
@@ -333,7 +331,7 @@ def main(argv=None):
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     weights, averages = ([net.get_parameter(name) for name in trained] for net in (student, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    whole_run = (student, average, optimizer, config, stats)
+    whole_run = (student, average, optimizer, config, stats, args.keep, args.keep_every)
     first_step, seconds = load_newest_state(out, run, *whole_run)
     announce(student, args.data_path or args.latents, device, world, args, first_step)
 
@@ -386,7 +384,7 @@ def main(argv=None):
             log(out, args, done, numbers, lr, clock)
         if saves and out:
             begin = time.perf_counter()
-            save_state(out, run, done, clock["seconds"], *whole_run, args.keep, args.keep_every)
+            save_state(out, run, done, clock["seconds"], *whole_run)
             clock["since"] += time.perf_counter() - begin     # saving is not training time
         if stop:
             say(f"stopped after step {done}: the same command with --resume goes on")

@@ -28,7 +28,7 @@ from encode_latents import TrainingData
 from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generators, is_first, launch, load_network,
-    load_newest_state, load_stats, normalize, not_negative, positive, save_state, say, stop_signal,
+    load_newest_state, load_stats, normalize, not_negative, positive, resumes, save_state, say, stop_signal,
     time_shift, whole)
 
 
@@ -174,8 +174,7 @@ def load_inputs(args, data):
         sizes = dict(input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes))
         network = {**sizes, **DIT_PRESETS[args.preset]}
         return DiTDH(**network), {**config, "network": network}
-    if args.resume and Path(args.out, "config.json").exists():
-        # Its weights come with the state: --init is not needed any more.
+    if resumes(args):
         net, loaded, _ = load_network(args.out, "teacher", weights=False)
     elif args.new_classes:
         net, loaded, _ = load_network(args.init, "teacher", new="y_embedder.", num_classes=len(data.classes))
@@ -209,7 +208,7 @@ def main(argv=None):
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
     weights, averages = ([x.get_parameter(name) for name in trained] for x in (net, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    whole_run = (net, average, optimizer, config, stats)
+    whole_run = (net, average, optimizer, config, stats, args.keep, args.keep_every)
     first_step, seconds = load_newest_state(out, run, *whole_run)
     announce(net, args.data_path or args.latents, device, world, args, first_step)
 
@@ -256,7 +255,7 @@ def main(argv=None):
             log(out, args, done, numbers, lr, clock)
         if saves and out:
             begin = time.perf_counter()
-            save_state(out, run, done, clock["seconds"], *whole_run, args.keep, args.keep_every)
+            save_state(out, run, done, clock["seconds"], *whole_run)
             clock["since"] += time.perf_counter() - begin     # saving is not training time
         if stop:
             say(f"stopped after step {done}: the same command with --resume goes on")

@@ -30,12 +30,12 @@ sys.path.insert(1, str(ROOT / "sanity"))
 import random_encoder  # noqa: E402
 
 STAGES = {"teacher": train_teacher, "cmt": train_cmt, "meanflow": train_meanflow}
-model.DIT_PRESETS["tiny"] = dict(hidden_size=(16, 24), depth=(1, 1), num_heads=(2, 2))
+model.DIT_PRESETS["tiniest"] = dict(hidden_size=(16, 24), depth=(1, 1), num_heads=(2, 2))
 
 
 def arguments(home, stage, out, *more):
     """Two steps of 8 rows, saved at both; later flags count."""
-    inputs = {"teacher": ["--latents", home / "latents", *(() if "--init" in more else ("--preset", "tiny"))],
+    inputs = {"teacher": ["--latents", home / "latents", *(() if "--init" in more else ("--preset", "tiniest"))],
               "cmt": ["--teacher", home / "teacher", "--teacher-steps", 2, "--pairs", 4, "--pool-age", 4],
               "meanflow": ["--latents", home / "latents", "--teacher", home / "teacher", "--init", home / "cmt"]}
     flags = ["--out", out, "--steps", 2, "--batch-size", 8, "--save-every", 1, "--log-every", 1, "--keep", 9, "--precision", "fp32"]
@@ -238,7 +238,7 @@ def test_a_second_process_is_refused(home, run):
     model.hold(run / ".lock")
     before = files()
     argv = [sys.executable, "-c", "import model, sys, train_teacher as stage\n"
-            f"model.DIT_PRESETS['tiny'] = {model.DIT_PRESETS['tiny']}\nmodel.command(stage.main)", *arguments(home, "teacher", run, "--resume")]
+            f"model.DIT_PRESETS['tiniest'] = {model.DIT_PRESETS['tiniest']}\nmodel.command(stage.main)", *arguments(home, "teacher", run, "--resume")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     let_go()
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -325,8 +325,8 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 # ---- 7, 8: what cannot be written ----------------------------------------------------------------------------
 def test_no_terminal_any_more(home, tmp_path):
     """`| head -1`, and stderr closed: the run comes to its end, with status 0."""
-    script = ("import model, train_teacher as stage\nmodel.DIT_PRESETS['tiny'] = "
-              f"{model.DIT_PRESETS['tiny']}\nmodel.command(stage.main)")
+    script = ("import model, train_teacher as stage\nmodel.DIT_PRESETS['tiniest'] = "
+              f"{model.DIT_PRESETS['tiniest']}\nmodel.command(stage.main)")
     command = '"$@" 2>&- | head -1; exit ${PIPESTATUS[0]}'
     argv = [sys.executable, "-c", script, *arguments(home, "teacher", tmp_path / "run", "--steps", "20", "--save-every", "99")]
     done = subprocess.run(["bash", "-c", command, "bash", *argv], capture_output=True, text=True, cwd=ROOT)
