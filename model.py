@@ -738,6 +738,14 @@ def add_run_flags(parser):
     return groups
 
 
+def unused_run_flags(args):
+    """Rows for ArgumentParser.settle: flags of add_run_flags, and of inputs, that would do nothing."""
+    files = "with --synthetic, which reads and writes no files"
+    rows = [(flag, not args.synthetic, None, files) for flag in ("--resume", "--stats", "--data-path")
+            if hasattr(args, flag[2:].replace("-", "_"))]
+    return [("--keep-every", (args.keep_every or 0) >= args.save_every, None, "below --save-every"), *rows]
+
+
 # ---- Whole files: whole or absent, damage is found -----------
 def write_atomically(path, write):
     """`write(temporary path)`, fsync, rename: `path` holds the old contents or the new, never half."""

@@ -30,7 +30,7 @@ from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generator, generators, guided, is_first, launch,
     load_network, load_newest_state, load_stats, not_negative, ode_times, positive, resumes, save_state, say,
-    solve_ode, stop_signal, whole)
+    solve_ode, stop_signal, unused_run_flags, whole)
 
 
 def consistency_loss(h, z_t, z_s, t, y, s):
@@ -218,6 +218,7 @@ def parse_args(argv=None):
     guides = args.guidance != 1
     parser.settle(
         args,
+        *unused_run_flags(args),
         ("--guidance-interval", guides, [0.0, 1.0], "without --guidance W, W other than 1"),
         ("--weak-teacher", guides, None, "without --guidance W, W other than 1"),
         ("--decay-from", args.lr_final is not None, 0.0, "without --lr-final"),

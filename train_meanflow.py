@@ -38,7 +38,7 @@ from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generators, guided, is_first, launch, load_network,
     load_newest_state, load_stats, normalize, not_negative, number, pairwise_jvp, positive, resumes,
-    save_state, say, stop_signal, time_shift, whole)
+    save_state, say, stop_signal, time_shift, unused_run_flags, whole)
 
 
 def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.005, loss_form="published",
@@ -265,6 +265,7 @@ def parse_args(argv=None):
         parser.error("--guidance guides the teacher, and --eta 0 has none")
     parser.settle(
         args,
+        *unused_run_flags(args),
         ("--delta-t", differences, 0.005, "with --derivative jvp"),
         ("--loss-eps", args.loss_power > 0, 1e-3, "with --loss-power 0"),
         ("--guidance-interval", guides, [0.0, 1.0], "without --guidance W, W other than 1"),

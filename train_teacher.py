@@ -29,7 +29,7 @@ from model import (
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, add_run_flags, all_reduce, append_line, begin_run,
     command, default_time_shift, distribute, fraction, generators, is_first, launch, load_network,
     load_newest_state, load_stats, normalize, not_negative, positive, resumes, save_state, say, stop_signal,
-    time_shift, whole)
+    time_shift, unused_run_flags, whole)
 
 
 def flow_matching_loss(v, z_0, eps, t, y):
@@ -160,6 +160,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     parser.settle(
         args,
+        *unused_run_flags(args),
         ("--preset", not args.init, "DiTDH-XL", "with --init: the network has the size of its file"),
         ("--new-classes", args.init, False, "without --init"))
     return args

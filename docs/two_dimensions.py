@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import long_jumps, ode_times, solve_ode  # noqa: E402
+from model import ArgumentParser, long_jumps, ode_times, solve_ode  # noqa: E402
 from train_cmt import consistency_loss  # noqa: E402
 from train_meanflow import meanflow_loss  # noqa: E402
 from train_teacher import flow_matching_loss  # noqa: E402
@@ -136,4 +136,6 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "two_dimensions.png")
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument("picture", nargs="?", default="two_dimensions.png", help="PNG of the samples")
+    main(parser.parse_args().picture)

@@ -109,8 +109,8 @@ def fill(word, variables):
 
 def of_page(page):
     prose, fences = parts(page)
-    for _, lines in fences:
-        yield from commands(lines)[0]
+    for language, lines in fences:
+        yield from [] if language == "python" else commands(lines)[0]
     for quoted in re.findall(r"`((?:python|torchrun|\./)[^`]*)`", "\n".join(prose)):
         if "..." not in quoted:
             yield from commands([quoted])[0]

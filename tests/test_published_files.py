@@ -272,3 +272,31 @@ def test_benchmark_runs(tmp_path, capsys):
     rows = {row["step"]: row for row in results["steps"]["rows"]}
     assert 2 < rows["flow matching"]["F"] < 6 and rows["MFD, exact"]["memory"] > 0 and rows["MFD, exact"]["times (i)"] > 1
     assert len(results["sampling"]) == 3 and "| MFD, exact | times (i) |" in capsys.readouterr().out
+
+
+SCHEDULER = """
+from diffusers import FlowMapEulerDiscreteScheduler
+
+scheduler = FlowMapEulerDiscreteScheduler()
+scheduler.set_timesteps(2)
+for k, step in enumerate(scheduler.timesteps):
+    t, s = (scheduler.sigmas[i].float().repeat(len(z)) for i in (k, k + 1))
+    z = scheduler.step(net(z, t, y, s), step, z).prev_sample
+"""
+
+
+@torch.no_grad()
+def test_the_scheduler_of_diffusers_takes_our_jumps():
+    """Its sigma is our t, its timestep 1,000 t; docs/PUBLISHED.md shows these lines."""
+    import diffusers
+    if not hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):
+        pytest.skip("an older diffusers")
+    torch.manual_seed(0)
+    net = model.DiTDH(4, 12, (32, 48), (2, 1), (2, 2), 3, time_difference=True)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    z, y = torch.randn(3, 12, 4, 4), torch.arange(3)
+    names = {"net": net, "z": z, "y": y}
+    exec(SCHEDULER, names)
+    torch.testing.assert_close(names["z"], model.long_jumps(net, z, y, [1, 0.5, 0]))
+    assert SCHEDULER.strip() in (HERE.parent / "docs" / "PUBLISHED.md").read_text()
