@@ -291,6 +291,7 @@ class DiTDH(nn.Module):
         y: (B,) int, num_classes: "no label".
 
         Returns (B, C, G, G): the velocity (teacher) or the mean velocity over [s, t] (student).
+        Given pairs z and t, as by pairwise_jvp, a pair: `run` applies each part to values or to pairs.
         ValueError: a student without s, a teacher with it, arguments in another order."""
         wrong_s = (s is None) != (self.r_embedder is None)
         if wrong_s or y.is_floating_point() or not (s is None or s.is_floating_point()):
