@@ -233,6 +233,30 @@ def test_equal_to_diffusers(autoencoder):
     assert (other - pixels).norm() < 1e-5 * pixels.norm()
 
 
+DECODE = """
+from diffusers import AutoencoderRAE
+
+rae = AutoencoderRAE.from_pretrained("my_rae")
+with torch.no_grad():
+    images = rae.decode(generate(net, z, y, nfe=1)).sample
+"""
+
+
+def test_diffusers_decodes_what_a_student_makes(autoencoder, monkeypatch):
+    """docs/PUBLISHED.md shows these lines; that class adds 1e-5 to the deviation, which holds it already."""
+    pytest.importorskip("diffusers")
+    home, _, decoder, stats = autoencoder
+    (home / "my_rae").symlink_to(home / "rae")
+    monkeypatch.chdir(home)
+    z_0 = torch.randn(2, 64, 16, 16)
+    names = {"torch": torch, "generate": lambda net, z, y, nfe: z_0, "net": None, "z": None, "y": None}
+    exec(DECODE, names)
+    with torch.no_grad():
+        pixels = decoder(model.denormalize(z_0, stats))
+    assert (names["images"] - pixels).norm() < 1e-3 * pixels.norm()
+    assert DECODE.strip() in (HERE.parent / "docs" / "PUBLISHED.md").read_text()
+
+
 @torch.no_grad()
 def test_from_diffusers(autoencoder, tmp_path):
     """The other direction: a folder that diffusers itself wrote."""
