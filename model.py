@@ -600,8 +600,9 @@ def stop_signal():
     def on_signal(number, frame):
         if not got:
             got.extend((number, time.monotonic()))
-            say("will save and stop after this step (once more, from 3 seconds on: stop at once)",
-                sys.stderr)
+            if is_first():
+                say("will save and stop after this step (once more, from 3 seconds on: stop at once)",
+                    sys.stderr)
         # torchrun and a scheduler may both send the first
         elif time.monotonic() > got[1] + 3:
             os._exit(128 + number)
@@ -790,7 +791,7 @@ def hold(path, *names):
     what = path.parent if path.name == ".lock" else path.with_name(path.name[1:].removesuffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
+        file = open(path, "a+b", buffering=0)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent} ({error}): give another --out") from error
     try:
@@ -798,22 +799,24 @@ def hold(path, *names):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            raise InputError(f"{what} is being written by another process ({file.read().strip()}): "
+            raise InputError(f"{what} is being written by another process ({file.read().decode().strip()}): "
                              "wait for it or end it, or give another --out") from error
         say(f"warning: no locks on this disk ({error}): start nothing twice for {what}", sys.stderr)
     else:
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         except OSError:                           # a full disk: locked all the same
             pass
-    # Closing it would give the lock away.
+    # Closing it, or any other open file of this name in this process, gives the lock away.
     HELD.append(file)
     for left in path.parent.glob(".*.tmp"):
         name = re.fullmatch(r"\.(.+)\.\d+\.tmp", left.name)
         if name and any(fnmatch.fnmatchcase(name[1], pattern) for pattern in names):
-            left.unlink(missing_ok=True)
+            try:
+                left.unlink(missing_ok=True)
+            except OSError as error:
+                say(f"warning: {left} cannot be removed ({error.strerror})", sys.stderr)
 
 
 HELD = []
@@ -1371,8 +1374,11 @@ def load_newest_state(out, run, net, average, optimizer, config, stats, keep, ke
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
     if is_first():
-        whole, model = average.state_dict(), out / "model.safetensors"
-        written = read_tensors(model, check=False)[1].get("sha256") if model.exists() else None
+        whole = average.state_dict()
+        try:
+            written = read_tensors(out / "model.safetensors", check=False)[1].get("sha256")
+        except InputError:                        # missing, or cut short
+            written = None
         if written != header.get("model", digest_of(whole)) or not is_described(out):
             # Killed between the state and the network.
             save_network(out, whole, config, stats)

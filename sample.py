@@ -80,7 +80,10 @@ def claim(out, settings, need):
     if out.exists() or any(part.glob("*.safetensors")):
         place = out if out.exists() else part
         return refuse_other(place, settings_in(note), settings)
-    part.mkdir(exist_ok=True)
+    try:
+        part.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {part} ({error}): make space, or give another --out") from error
     free = shutil.disk_usage(part).free
     if 2 * need > free:
         raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB "

@@ -259,7 +259,8 @@ def main(argv=None):
             save_state(out, run, done, clock["seconds"], *whole_run)
             clock["since"] += time.perf_counter() - begin     # saving is not training time
         if stop:
-            say(f"stopped after step {done}: the same command with --resume goes on")
+            if rank == 0:
+                say(f"stopped after step {done}: the same command with --resume goes on")
             sys.exit(128 + stop)
 
 
