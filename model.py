@@ -55,18 +55,6 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- Fixed tables: positions ---------------------------------
-def sincos_positions(width, grid):
-    """(grid * grid, width), row-major over the grid.
-
-    The first half of the channels encodes the COLUMN, the second the ROW.
-    Each half is [sin(p w), cos(p w)], w_k = 10000^(-k / (width / 4)), p = 0 .. grid - 1."""
-    w = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
-    p = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * w
-    line = torch.cat([p.sin(), p.cos()], dim=1)
-    column, row = line.repeat(grid, 1), line.repeat_interleave(grid, 0)
-    return torch.cat([column, row], dim=1).float()
-
-
 class Rotary(nn.Module):
     """2-D rotary embedding.
 
@@ -89,6 +77,18 @@ class Rotary(nn.Module):
         x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
         return (x * self.freqs_cos + turned * self.freqs_sin).type_as(x)
+
+
+def sincos_positions(width, grid):
+    """(grid * grid, width), row-major over the grid.
+
+    The first half of the channels encodes the COLUMN, the second the ROW.
+    Each half is [sin(p w), cos(p w)], w_k = 10000^(-k / (width / 4)), p = 0 .. grid - 1."""
+    w = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
+    p = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * w
+    line = torch.cat([p.sin(), p.cos()], dim=1)
+    column, row = line.repeat(grid, 1), line.repeat_interleave(grid, 0)
+    return torch.cat([column, row], dim=1).float()
 
 
 # ---- DiT-DH --------------------------------------------------

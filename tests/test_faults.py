@@ -24,6 +24,7 @@ import model
 import train_cmt
 import train_meanflow
 import train_teacher
+from runs import let_go
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "sanity"))
@@ -47,12 +48,6 @@ def train(home, stage, out, *more):
         STAGES[stage].main(arguments(home, stage, out, *more))
     finally:
         let_go()
-
-
-def let_go():
-    """Give the locks of this process back, as its end would."""
-    while model.HELD:
-        model.HELD.pop().close()
 
 
 def encode(home, out, seed):

@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/experiments/*.md")])
 PAGES = [ROOT / "README.md", *DOCS]
-LATER = ()
 LONGEST = 160                                     # characters of a line of prose
 CODE = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("sanity/*"), *ROOT.glob("docs/**/*.py"), *ROOT.glob("docs/**/*.sh"),
                           *ROOT.glob("tests/**/*.py"), *ROOT.glob("tests/*.sh")] if path.suffix in (".py", ".sh")]
@@ -49,11 +48,7 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
-def each_page():
-    return [pytest.param(page, marks=pytest.mark.xfail(reason="to be rewritten")) if name(page) in LATER else page for page in PAGES]
-
-
-@pytest.mark.parametrize("page", each_page(), ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links(page):
     text = "\n".join(parts(page)[0])
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -65,7 +60,7 @@ def test_links(page):
         assert not anchor or anchor in anchors(there), f"{name(page)}: {target}"
 
 
-@pytest.mark.parametrize("page", each_page(), ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_names(page):
     """Scripts and pages named in a text exist; names and flags stand somewhere in our code."""
     text, code = "\n".join(parts(page)[0]), "\n".join(path.read_text() for path in CODE)
@@ -152,7 +147,7 @@ def parse(script, argv, monkeypatch):
 MODULES = {}
 
 
-@pytest.mark.parametrize("page", each_page(), ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands(page, monkeypatch):
     for words in of_page(page):
         if words[0].endswith(".sh"):
@@ -173,7 +168,7 @@ def test_commands(page, monkeypatch):
             pytest.fail(f"{name(page)}: {shlex.join([script.name, *words])}: {errors.getvalue()}")
 
 
-@pytest.mark.parametrize("page", each_page(), ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_programs(page):
     """Python in a page is Python, and takes from our modules what they have."""
     for language, lines in parts(page)[1]:
@@ -189,20 +184,18 @@ def test_programs(page):
 
 
 # ---- Length and order ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("page", each_page(), ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_are_short(page):
     for line in parts(page)[0]:
         assert len(line) <= LONGEST or line.startswith("|"), f"{name(page)}: {line}"
 
 
-@pytest.mark.xfail(bool(LATER), reason="to be rewritten")
 def test_sizes():
     readme = PAGES[0].read_text()
     assert len(readme) <= 9_000 and len(readme.splitlines()) <= 130
     assert sum(len(page.read_bytes()) for page in DOCS) <= 90 * 1024
 
 
-@pytest.mark.xfail(bool(LATER), reason="to be rewritten")
 def test_the_six_lines():
     from test_sampling import SIX_LINES
     assert SIX_LINES.strip() in PAGES[0].read_text()
