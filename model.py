@@ -456,6 +456,10 @@ def guided(teacher, scale=1.0, interval=(0.0, 1.0), weak=None):
             f"the weak teacher has latents {weak.shape} and {weak.num_classes} classes, the teacher "
             f"{teacher.shape} and {teacher.num_classes}")
 
+    if not weak and getattr(teacher, "label_dropout", None) == 0:
+        say("warning: the teacher was trained with --label-dropout 0: its answer without a label, which "
+            "--guidance needs, was never trained")
+
     def velocity(z, t, y):
         if weak:
             v, v_weak = teacher(z, t, y), weak(z, t, y)
@@ -1016,6 +1020,12 @@ def load_strictly(net, state, new=""):
     net.load_state_dict({name: own[name] if name in fresh else state[name] for name in own})
 
 
+def settings_in(path):
+    """The settings that a .json of ours records; {} where there is none."""
+    settings = read_json(path).get("settings") if path.exists() else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def network_of(config):
     """The constructor's arguments in a config.json; {} if there are none. InputError: they are no dict."""
     arguments = config.get("network", {})
@@ -1102,6 +1112,10 @@ def load_network(source, kind=None, new="", num_classes=None, weights=True):
     if not isinstance(shift, (int, float)) or not 0 < shift < 1e6:
         raise InputError(f"{source}: time_shift in config.json is {shift}, it must be a number above 0")
     net.digest = digest_of_text(digest, kind, arguments, shift)
+    try:
+        net.label_dropout = settings_in(path.parent / "run.json").get("label_dropout")
+    except InputError:                            # the network does not need it
+        net.label_dropout = None
     return net, config, stats
 
 

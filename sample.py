@@ -30,8 +30,8 @@ import torch
 from model import (
     ArgumentParser, InputError, barrier, command, denormalize, digest_of, digest_of_text, fraction,
     guided, hold, is_first, launch, load_decoder, load_network, load_stats, load_strictly,
-    long_jumps, not_negative, ode_times, positive, provenance, read_json, read_tensors, refuse_other, say,
-    solve_ode, states_of, whole, write_atomically, write_json, write_tensors)
+    long_jumps, not_negative, ode_times, positive, provenance, read_tensors, refuse_other, say,
+    settings_in, solve_ode, states_of, whole, write_atomically, write_json, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
@@ -89,12 +89,6 @@ def claim(out, settings, need):
         raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB "
                          "are free there: make space, or give another --out")
     write_json(note, {"settings": settings, **provenance()})
-
-
-def settings_in(path):
-    """The settings that a .json of ours records; {} where there is none."""
-    settings = read_json(path).get("settings") if path.exists() else None
-    return settings if isinstance(settings, dict) else {}
 
 
 def batch_path(part, k):
@@ -319,17 +313,13 @@ def default_out(args):
     return f"samples/{name}{step}_{args.nfe}"
 
 
-def introduce(args, net, weak, classes, text):
+def introduce(args, net, classes, text):
     """The first lines of a run: what it is."""
     kind = "teacher" if net.r_embedder is None else "student"
     count = sum(p.numel() for p in net.parameters()) / 1e6
     say(f"{args.network}: {kind}, {count:.1f} million parameters, {args.nfe} evaluations an image; {text}")
     if isinstance(args.labels, list):
         say("labels: " + ", ".join(f"{k} ({classes[k]})" for k in args.labels))
-    folder = Path(args.network) if Path(args.network).is_dir() else Path(args.network).parent
-    if args.guidance != 1 and not weak and settings_in(folder / "run.json").get("label_dropout") == 0:
-        say(f"warning: {args.network} was trained with --label-dropout 0. Its answer without a label, which "
-            "--guidance needs, was never trained")
 
 
 def main(argv=None):
@@ -346,7 +336,7 @@ def main(argv=None):
     batches = [range(i, min(i + args.batch_size, args.num_samples)) for i in starts]
     if is_first():
         text = f"{args.num_samples:,} images of {size} px, seed {args.seed}, on {world} x {device.type}"
-        introduce(args, net, weak, classes, text)
+        introduce(args, net, classes, text)
         # Contents, not paths: what is moved is the same.
         others = "state", "compile", "out", "grid", "png"
         settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
