@@ -129,6 +129,7 @@ def announce(net, data, device, world, args, step):
         size = sum(p.numel() for p in net.parameters()) / 1e6
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         resumes = f", resumes at step {step:,}" if step else ""
+        data = "random data" if args.synthetic else data
         say(f"{size:,.1f} M parameters; {data}; {world} x {name}, {args.precision}; "
             f"{args.steps:,} steps of {args.batch_size:,} rows{resumes}")
         if step >= args.steps:
