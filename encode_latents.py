@@ -28,6 +28,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -605,7 +606,13 @@ def as_arrays(batch):
 def outlive_signals(ending, worker):
     """A signal to the whole group, torchrun's way, is the training's to act on: its workers go on.
 
-    Only when it has ended is SIGTERM meant for them: multiprocessing sends it at exit, and waits."""
+    Only when it has ended is SIGTERM meant for them: multiprocessing sends it at exit, and waits.
+    One whose training was killed would wait for ever where its pipe is full: it ends, too."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(0)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
     def on_signal(number, frame):
         if ending.value:
             os._exit(0)                           # else the loader would complain of a lost worker

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -829,6 +830,20 @@ command(main)
     done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60)
     assert done.stdout == "40\n" and done.returncode == 2
     assert "fewer --workers" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+
+
+def test_workers_end_with_their_training(data):
+    """Killed with full pipes: its workers hold the output's pipe, too, so it ends only when they have."""
+    program = f"""
+import os, signal, time
+from encode_latents import Images, batches_of
+batches = batches_of(Images({str(data)!r}, 64), [list(range(20))] * 40, workers=2)
+print(len(next(batches)[0]), flush=True)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "20\n" and done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_shards_of_others_are_noticed(data, encoded, copy, tmp_path, capsys):
