@@ -23,17 +23,22 @@ from model import (  # noqa: E402
     write_json, write_tensors)
 
 
+def dinov2(width, depth, heads, patch, image_size, **more):
+    """A Dinov2WithRegistersModel of these sizes, initialized by torch's global generator."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    if width % heads or image_size % patch:
+        raise InputError(f"--width {width} must be a multiple of --heads {heads}, and the image size "
+                         f"{image_size} one of --patch {patch}")
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, patch_size=patch,
+        image_size=image_size, **more))
+
+
 def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
     """A Dinov2WithRegistersModel whose weights follow from `seed` alone."""
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-    if width < 3 or width % heads:
-        raise InputError(f"--width {width} --heads {heads}: give a width that is a multiple of the heads")
-    config = Dinov2WithRegistersConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-        patch_size=patch, image_size=8 * patch, layerscale_value=0.2)
     # Its own initialization is replaced below, all of it.
     with torch.random.fork_rng(devices=[]):
-        net = Dinov2WithRegistersModel(config)
+        net = dinov2(width, depth, heads, patch, 8 * patch, layerscale_value=0.2)
     g = generator("cpu", seed, "random encoder")
 
     def normal(*shape):
@@ -64,14 +69,27 @@ def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
     return net
 
 
+def save_dinov2(out, net, more):
+    """The folder that --encoder takes; more: entries of its config.json, which is written last."""
+    write_tensors(out / "model.safetensors", net.state_dict(), {"format": "pt"})
+    config = json.loads(net.config.to_json_string())
+    config |= {"architectures": ["Dinov2WithRegistersModel"], **more}
+    write_json(out / "config.json", config, digest=False)
+
+
+def add_sizes(parser, width=64, depth=2, heads=4, patch=8):
+    add = parser.add_argument
+    add("--width", type=whole(3), default=width, help="channels of a token, a multiple of --heads")
+    add("--depth", type=whole(), default=depth, help="blocks")
+    add("--heads", type=whole(), default=heads, help="of the attention")
+    add("--patch", type=whole(), default=patch, help="side of a patch in pixels")
+
+
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", default="runs/sanity/encoder", help="folder for the encoder")
-    add("--width", type=whole(3), default=64, help="channels of a token, a multiple of --heads")
-    add("--depth", type=whole(), default=2, help="blocks")
-    add("--heads", type=whole(), default=4, help="of the attention")
-    add("--patch", type=whole(), default=8, help="side of a patch in pixels")
+    add_sizes(parser)
     add("--seed", type=whole(0), default=0, help="of the weights")
     return parser.parse_args(argv)
 
@@ -92,10 +110,7 @@ def main(argv=None):
             return say(f"{out} is there: an encoder with random weights")
     net = random_dinov2(args.width, args.depth, args.heads, args.patch, args.seed)
     hold(out / ".lock", "config.json", "model.safetensors")
-    write_tensors(out / "model.safetensors", net.state_dict(), {"format": "pt"})
-    config = json.loads(net.config.to_json_string())
-    config |= {"architectures": ["Dinov2WithRegistersModel"], **settings}
-    write_json(out / "config.json", config, digest=False)
+    save_dinov2(out, net, settings)
     say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px")
 
 

@@ -9,6 +9,7 @@ out soft. For DINOv2 there are published decoders: use these.
 
     python sanity/train_decoder.py --data-path data/digits/train --latents data/digits-latents
 """
+import copy
 import json
 import math
 import os
@@ -21,8 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import Images, Latents, RowSampler, batches_of, encoder_of  # noqa: E402
 from model import (  # noqa: E402
-    DECODER_PRESETS, ArgumentParser, InputError, ViTDecoder, command, digest_of_text, fraction, generator,
-    hold, not_negative, positive, read_tensors, refuse_other, save_network, say, whole, write_tensors)
+    DECODER_PRESETS, MOMENTS, ArgumentParser, InputError, ViTDecoder, command, digest_of_text, fraction,
+    generator, hold, not_negative, positive, read_tensors, refuse_other, save_network, say, whole,
+    write_tensors)
 
 HELD_OUT = 512                                    # images kept out, to measure on; of few, a quarter
 
@@ -77,6 +79,55 @@ def open_pairs(data_path, folder, device):
                      "order: give the folder that they were made from")
 
 
+def open_run(out, settings, resume):
+    """Lock the folder of a run of one process -> its state's tensors, {} where there is none yet.
+
+    InputError: it holds a run of other settings; or of these, and `resume` is not set."""
+    hold(out / ".lock", "*.json", "*.safetensors")
+    path = out / "state.safetensors"
+    if not path.exists() and not (out / "config.json").exists():
+        return {}
+    state, about = read_tensors(path)
+    try:
+        before = json.loads(about["settings"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{out} holds another run, of an older version: give another --out") from error
+    refuse_other(out, before, settings)
+    if not resume:
+        raise InputError(f"{out} holds this very run: --resume goes on with it; or give another --out")
+    return state
+
+
+def trained(net, average, optimizer):
+    """{name: tensor} of what is trained: weights, their averages, AdamW's moments; the tensors themselves."""
+    tensors = {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            tensors |= {f"net/{name}": p.data, f"average/{name}": average.get_parameter(name).data,
+                        **{f"{k}/{name}": optimizer.state[p][k] for k in MOMENTS}}
+    return tensors
+
+
+def restore(state, net, average, optimizer):
+    """Copy the tensors of open_run, if any, to where they belong. Returns the step they are of."""
+    step = state.get("step", torch.tensor(0.0))
+    for p in optimizer.param_groups[0]["params"] if state else ():
+        moments = {k: torch.zeros_like(p) for k in MOMENTS}
+        optimizer.state[p] = {"step": step.float().to(p.device), **moments}
+    for name, tensor in trained(net, average, optimizer).items() if state else ():
+        tensor.copy_(state[name])
+    return int(step)
+
+
+def save_run(out, settings, step, net, average, optimizer):
+    """What open_run and restore go on from. InputError: weights are not finite."""
+    tensors = trained(net, average, optimizer)
+    if not torch.stack(torch._foreach_norm(list(tensors.values()))).isfinite().all():
+        raise InputError(f"weights are not finite at step {step}; not saved: try a lower --lr")
+    tensors["step"] = torch.tensor(step)
+    write_tensors(out / "state.safetensors", tensors, {"settings": json.dumps(settings)})
+
+
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
@@ -101,7 +152,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out, path, state = Path(args.out), Path(args.out, "state.safetensors"), {}
+    out = Path(args.out)
     free = "out", "save_every", "resume", "workers", "data_path", "latents"
     settings = {k: v for k, v in vars(args).items() if k not in free}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,16 +163,7 @@ def main(argv=None):
         raise InputError(f"{len(latents)} images are too few to learn and to measure: give at least 64")
     kept_out = HELD_OUT if len(latents) >= 2 * HELD_OUT else len(latents) // 4
 
-    hold(out / ".lock", "*.json", "*.safetensors")
-    if path.exists() or (out / "config.json").exists():
-        state, about = read_tensors(path)
-        try:
-            before = json.loads(about["settings"])
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{out} holds another run, of an older version: give another --out") from error
-        refuse_other(out, before, settings)
-        if not args.resume:
-            raise InputError(f"{out} holds this very run: --resume goes on with it; or give another --out")
+    state = open_run(out, settings, args.resume)
     pairs, spread = Pairs(images, latents), latents.stats[1].mean().sqrt().item()
     order = torch.randperm(len(latents), generator=generator("cpu", args.seed, "decoder", "held out"))
     x, z = pairs.__getitems__(order[:kept_out].tolist())
@@ -131,18 +173,14 @@ def main(argv=None):
     channels, grid, _ = latents.shape
     network = dict(input_size=grid, in_channels=channels, patch_size=images.image_size // grid,
                    **DECODER_PRESETS[args.preset])
-    decoder, first = ViTDecoder(**network).to(device), int(state.get("step", 0))
-    trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    names, weights = list(trained), list(trained.values())
+    decoder = ViTDecoder(**network).to(device)
+    average = copy.deepcopy(decoder).requires_grad_(False)
+    weights, averages = list(decoder.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if state:
-        for name, p in zip(names, weights, strict=True):
-            p.data.copy_(state[f"net/{name}"])
-            optimizer.state[p] = {"step": torch.tensor(float(first), device=device),
-                                  **{k: state[f"{k}/{name}"].to(device) for k in ("exp_avg", "exp_avg_sq")}}
-    average = [state.get(f"average/{name}", p).detach().clone().to(device) for name, p in trained.items()]
+    first = restore(state, decoder, average, optimizer)
     say(f"{len(rest):,} latents of {channels}x{grid}x{grid} and their images, {kept_out} more to measure on; "
-        f"{sum(p.numel() for p in weights) / 1e6:.2f} M weights on {device}, steps {first} to {args.steps}")
+        f"{sum(p.numel() for p in weights if p.requires_grad) / 1e6:.2f} M weights on {device}, "
+        f"steps {first} to {args.steps}")
 
     start = time.time()
     rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first, args.steps)
@@ -160,29 +198,18 @@ def main(argv=None):
         optimizer.zero_grad()
         with torch.no_grad():
             # It soon forgets the random start.
-            torch._foreach_lerp_(average, weights, 1 - min(args.ema, step / (10 + step)))
-        report = step % max(1, args.steps // 10) == 0 or step == args.steps
-        save = step % args.save_every == 0 or step == args.steps
-        norms = torch._foreach_norm([*weights, *average]) if report or save else []
-        if not all(norm.isfinite() for norm in norms):
-            raise InputError(f"weights are not finite at step {step}; not saved: try a lower --lr")
-        if report:
+            torch._foreach_lerp_(averages, weights, 1 - min(args.ema, step / (10 + step)))
+        if step % max(1, args.steps // 10) == 0 or step == args.steps:
             l1, psnr = quality(decoder, *held_out)
             say(f"step {step} of {args.steps}: L1 {numbers['l1']:.4f}, features {numbers['features']:.3f}; "
                 f"held-out L1 {l1:.4f}, PSNR {psnr:.2f} dB; {time.time() - start:.0f} s")
-        if save:
-            tensors = {"step": torch.tensor(step)}
-            for name, p, mean in zip(names, weights, average, strict=True):
-                tensors |= {f"net/{name}": p, f"average/{name}": mean,
-                            **{f"{k}/{name}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}}
-            write_tensors(path, tensors, {"settings": json.dumps(settings)})
+        if step % args.save_every == 0 or step == args.steps:
+            save_run(out, settings, step, decoder, average, optimizer)
 
-    for p, mean in zip(weights, average, strict=True):
-        p.data.copy_(mean)
-    l1, psnr = quality(decoder, *held_out)
+    l1, psnr = quality(average, *held_out)
     config = {"kind": "decoder", "network": network, "encoder": made["encoder"], "settings": settings,
               "held_out": {"images": kept_out, "l1": l1, "psnr": psnr}}
-    save_network(out, decoder.state_dict(), config, latents.stats)
+    save_network(out, average.state_dict(), config, latents.stats)
     say(f"{out}: averaged weights, held-out L1 {l1:.4f}, PSNR {psnr:.2f} dB")
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import encode_latents
-from model import InputError, load_decoder, read_json, read_tensors, write_json
-from sanity import digits, plot_logs, random_encoder, report, train_decoder
+from model import InputError, generator, load_decoder, read_json, read_tensors, write_json
+from sanity import digits, plot_logs, random_encoder, report, train_decoder, train_encoder
 
 NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
 
@@ -151,6 +151,87 @@ def test_decoder_refuses_other_images(chain, tmp_path):
     with pytest.raises(InputError, match="too few"):
         train_decoder.main([*decoder_arguments(chain, "other"), *few])
     assert not (chain / "other").exists()
+
+
+# ---- encoder ---------------------------------------------------------------------------------------------------------
+def test_views():
+    x = torch.rand(64, 3, 16, 16, generator=generator("cpu", 0))
+    a, b, other = (train_encoder.view(x, generator("cpu", key), True) for key in (1, 1, 2))
+    assert torch.equal(a, b) and (a != other).flatten(1).any(1).all() and a.min() >= 0 and a.max() <= 1
+    # Grey images that brighten to the right keep their direction, unless they may be mirrored: then about half do.
+    ramp = (0.3 + 0.2 * torch.linspace(0, 1, 16)).expand(64, 3, 16, 16)
+    for flips, least, most in ((False, 64, 64), (True, 20, 44)):
+        row = train_encoder.view(ramp, generator("cpu", 3), flips)[:, 0, 8]
+        assert least <= (row[:, -1] > row[:, 0]).sum() <= most
+    # A crop is of 0.3 to 1 of the area: of so much of the ramp, where contrast and brightness (0.6 to 1.4 each) leave it.
+    part = (row[:, -1] - row[:, 0]).abs() / 0.2
+    assert part.max() < 1.4 ** 2 and part.min() > 0.3 ** 0.5 * 0.6 ** 2 * 0.9
+
+
+def test_assignments_are_of_all_prototypes():
+    logits = torch.randn(200, 8, generator=generator("cpu", 0)) * 0.02 + torch.tensor([0.1] + [0.0] * 7)
+    q = train_encoder.assign(logits)
+    assert torch.allclose(q.sum(1), torch.ones(200)) and torch.allclose(q.sum(0), torch.full((8,), 25.0), rtol=0.05)
+    assert (logits / 0.05).softmax(1).sum(0)[0] > 2 * 25      # without it the first would have most
+
+
+def test_accuracies(monkeypatch):
+    """Three classes in three directions, one image in five labelled at random."""
+    g = generator("cpu", 0)
+    y = torch.arange(600) % 3
+    z = torch.eye(3)[y] + 0.1 * torch.randn(600, 3, generator=g)
+    monkeypatch.setattr(train_encoder, "features", lambda net, x: x[:, :, 0, 0] * 255)
+    images, labels = z[:, :, None, None], torch.where(torch.rand(600, generator=g) < 0.2, (y + 1) % 3, y)
+    net = torch.nn.Identity()
+    net.device = "cpu"
+    right = train_encoder.accuracies(net, (images[:500], labels[:500]), (images[500:], y[500:]))
+    assert right == {"k-NN": 1, "linear probe": 1}
+    shuffled = train_encoder.accuracies(net, (images[:500], labels[torch.randperm(500, generator=g)]), (images[500:], y[500:]))
+    assert max(shuffled.values()) < 0.6
+
+
+@pytest.mark.parametrize("objective", ["labels", "self"])
+def test_encoder_learns_resumes_and_encodes(objective, chain, tmp_path, capsys, monkeypatch):
+    arguments = ["--data-path", f"{chain}/digits/train", "--image-size", "16", "--objective", objective, "--batch-size", "16",
+                 "--steps", "60", "--save-every", "30", *"--width 16 --depth 1 --heads 2 --patch 4".split()]
+    train_encoder.main([*arguments, "--out", f"{tmp_path}/whole"])
+    whole, save = tmp_path / "whole", train_encoder.save_run
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_encoder, "save_run", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped"])
+    monkeypatch.setattr(train_encoder, "save_run", save)
+    train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped", "--resume"])
+    for name in ("state", "model"):
+        a, b = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (whole, tmp_path / "stopped"))
+        assert all(torch.equal(a[k], b[k]) for k in a.keys() | b.keys())
+    with pytest.raises(InputError, match="this very run"):
+        train_encoder.main([*arguments, "--out", str(whole)])
+    with pytest.raises(InputError, match="other work .steps: 60 there, 61 now"):
+        train_encoder.main([*arguments, "--out", str(whole), "--resume", "--steps", "61"])
+    config = read_json(whole / "config.json", digest=False)
+    net = encode_latents.Encoder(whole, 16, 16)
+    assert not net.untrained and net.shape == (16, 4, 4) and config["training"]["objective"] == objective
+    # What was trained is what is encoded: the mean of the latents.
+    x, _ = encode_latents.Images(chain / "digits/train", 16).__getitems__([0, 50, 100])
+    with torch.no_grad():
+        expected = train_encoder.features(net.net, x / 255)
+        assert torch.allclose(net(x).mean((2, 3)), expected, atol=1e-5)
+    if objective == "labels":
+        assert config["training"]["trained"]["linear probe"] > 0.2
+    assert not {"unexpected", "newly initialized"} & set(capsys.readouterr().err.split())
+
+
+def test_encoder_refuses(chain, tmp_path):
+    with pytest.raises(InputError, match="two class folders or more"):
+        train_encoder.main(["--data-path", f"{chain}/digits/train/3", "--out", f"{tmp_path}/out"])
+    for flags in (["--width", "18"], ["--image-size", "20"]):
+        with pytest.raises(InputError, match="multiple of --heads 4, and the image size"):
+            train_encoder.main(["--data-path", f"{chain}/digits/train", "--out", f"{tmp_path}/out", *flags])
+    assert not (tmp_path / "out").exists()
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ SCRIPTS = {
                           ["--resume"]),
     "train_decoder.py": (["--data-path", "HOME/images", "--latents", "HOME/latents", "--out", "out", "--preset", "tiny",
                           "--steps", "3", "--save-every", "1", "--batch-size", "8"], ["--resume"]),
+    "train_encoder.py": (["--data-path", "HOME/images", "--out", "out", "--image-size", "8", "--objective", "self", *ENCODER,
+                          "--steps", "3", "--save-every", "1", "--batch-size", "8"], ["--resume"]),
     "sample.py": (["HOME/teacher", "--decoder", "HOME/decoder", "--nfe", "2", "--num-samples", "8", "--batch-size", "3",
                    "--out", "out/samples.npz"], []),
     "eval_fid.py --save-statistics": (["--reference", "HOME/a.npz", "--features", "encoder:HOME/latents",

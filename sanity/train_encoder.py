@@ -1,0 +1,150 @@
+"""A small encoder for images that DINOv2 does not know: a folder for `--encoder` of encode_latents.py.
+
+    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder           # from labels
+    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder --objective self
+
+An ordinary Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens after the final
+LayerNorm without its affine part; z, their mean, stands for the image. labels: cross entropy of a linear
+layer on z. self: self-distillation (DINO, arXiv 2104.14294): of two views of an image, the student gives one
+the prototypes that the teacher, the average of its weights, gives the other. Printed as it goes: k-NN and
+linear-probe accuracy on a tenth of the images, kept out, beside those of an encoder with random weights.
+"""
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from encode_latents import Images, RowSampler, batches_of  # noqa: E402
+from model import (  # noqa: E402
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, generator, positive, say, whole)
+from sanity.random_encoder import add_sizes, dinov2, random_dinov2, save_dinov2  # noqa: E402
+from sanity.train_decoder import open_run, restore, save_run  # noqa: E402
+
+BANK, KEPT_OUT, PROTOTYPES = 5000, 2000, 512      # images to judge by and on, at most; self's directions
+
+
+def view(x, g, flips):
+    """x: (B, 3, S, S) in [0, 1] -> crops of 0.3 to 1 of the area, perhaps mirrored, in other colours."""
+    area, left, top, turn, colour, contrast, light = torch.rand(7, len(x), 1, 1, 1, generator=g).to(x.device)
+    size, none = (0.3 + 0.7 * area).sqrt(), torch.zeros_like(area)
+    width = torch.where(turn < 0.5, -size, size) if flips else size
+    left, top = (2 * left - 1) * (1 - size), (2 * top - 1) * (1 - size)
+    crop = torch.cat([width, none, left, none, size, top], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(crop, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    x = torch.lerp(x.mean(1, keepdim=True), x, 1.5 * colour)
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, 0.6 + 0.8 * contrast)
+    return (x * (0.6 + 0.8 * light)).clamp(0, 1)
+
+
+def features(net, x):
+    """x: (B, 3, S, S) in [0, 1] -> z, the patch tokens' mean (B, C)."""
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
+    tokens = net(pixel_values=(x - mean) / std).last_hidden_state
+    return tokens[:, 1 + net.config.num_register_tokens:].mean(1)
+
+
+def assign(logits):
+    """(N, K) -> for each row a distribution over prototypes, all of these about equally often, so that not
+    all images become one: Sinkhorn-Knopp (SwAV, arXiv 2006.09882)."""
+    q = (logits / 0.05).softmax(1)
+    for _ in range(3):
+        q = F.normalize(q / (q.sum(0) + 1e-8), p=1, dim=1)
+    return q
+
+
+@torch.no_grad()
+def accuracies(net, bank, kept):
+    """Of 20 nearest neighbours (cosine, DINO's weights) and a linear probe (ridge regression of standardized
+    z), on the images `kept`, learned from those of `bank`: (uint8 images, labels)."""
+    one_hot = F.one_hot(bank[1]).float()
+    z, z_kept = (torch.cat([features(net, x.to(net.device).float() / 255).cpu() for x in images.split(250)])
+                 for images, _ in (bank, kept))
+    near, which = (F.normalize(z_kept) @ F.normalize(z).T).topk(min(20, len(z)))
+    votes = (one_hot[which] * (near / 0.07).exp()[:, :, None]).sum(1)
+    z, z_kept = (F.pad((x - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0) for x in (z, z_kept))
+    probe = torch.linalg.solve(z.T @ z + 1e-3 * len(z) * torch.eye(z.shape[1]), z.T @ one_hot)
+    return {name: round((guess.argmax(1) == kept[1]).float().mean().item(), 4)
+            for name, guess in (("k-NN", votes), ("linear probe", z_kept @ probe))}
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data-path", required=True, help="images: class folders, or a .zip of them")
+    add("--out", default="runs/encoder", help="folder for the encoder")
+    add("--objective", choices=("labels", "self"), default="labels", help="what the encoder learns from")
+    add("--image-size", type=whole(), default=32, help="pixels, a multiple of --patch")
+    add_sizes(parser, width=128, depth=6)
+    add("--flips", action="store_true", help="mirror images, where that keeps their meaning")
+    add("--steps", type=whole(), default=6000, help="of the optimizer")
+    add("--batch-size", type=whole(2), default=64, help="images")
+    add("--lr", type=positive, default=1e-3, help="of AdamW at its highest; cosine to 0")
+    add("--seed", type=whole(0), default=0, help="of everything random")
+    add("--save-every", type=whole(), default=500, metavar="STEPS", help="steps between states")
+    add("--resume", action="store_true", help="go on from the state in --out, if there is one")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out, sizes = Path(args.out), (args.width, args.depth, args.heads, args.patch)
+    images = Images(args.data_path, args.image_size)
+    kept = min(KEPT_OUT, len(images) // 10)
+    if len(images.classes) < 2 or kept < 1:
+        raise InputError(f"{args.data_path}: needed are two class folders or more, of 10 images together")
+    torch.manual_seed(args.seed)
+    net = dinov2(*sizes, args.image_size)
+    for unused in (net.layernorm, net.embeddings.mask_token):   # latents are without the norm's affine part
+        unused.requires_grad_(False)
+    free = "out", "save_every", "resume", "data_path"
+    settings = {"data": images.digest, **{k: v for k, v in vars(args).items() if k not in free}}
+    state = open_run(out, settings, args.resume)
+    order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
+    judges = images.__getitems__(order[kept:kept + BANK]), images.__getitems__(order[:kept])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random = accuracies(random_dinov2(*sizes).to(device), *judges)
+    head = nn.Linear(args.width, len(images.classes)) if args.objective == "labels" else nn.Sequential(
+        nn.Linear(args.width, 4 * args.width), nn.GELU(), nn.Linear(4 * args.width, args.width),
+        nn.LayerNorm(args.width, elementwise_affine=False), nn.Linear(args.width, PROTOTYPES, bias=False))
+    student = nn.ModuleList([net, head]).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    weights, averages = list(student.parameters()), list(teacher.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    first = restore(state, student, teacher, optimizer)
+    say(f"random weights: {random}; {len(images) - kept:,} images, steps {first} to {args.steps} on {device}")
+    rest = order[kept:]
+    rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first, args.steps)
+    batches = batches_of(images, [[rest[i] for i in batch] for batch in rows], workers=0)
+    for step, (x, target) in enumerate(batches, first + 1):
+        g = generator("cpu", args.seed, "encoder", step)
+        x, target = x.to(device).float() / 255, target.to(device)
+        x = torch.cat([view(x, g, args.flips) for _ in range(1 if args.objective == "labels" else 2)])
+        if args.objective == "self":
+            with torch.no_grad():                 # what the teacher says of the other view
+                target = assign(teacher[1](features(teacher[0], x))).roll(len(x) // 2, 0)
+        temperature = 1 if args.objective == "labels" else 0.1
+        F.cross_entropy(head(features(net, x)) / temperature, target).backward()
+        part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        optimizer.param_groups[0]["lr"] = args.lr * part
+        nn.utils.clip_grad_norm_(weights, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():                     # it soon forgets the random start
+            torch._foreach_lerp_(averages, weights, 1 - min(0.996, step / (10 + step)))
+        if step % args.save_every == 0 or step == args.steps:
+            say(f"step {step}: {accuracies(teacher[0], *judges)}")
+            save_run(out, settings, step, student, teacher, optimizer)
+
+    found = accuracies(teacher[0], *judges)
+    save_dinov2(out, teacher[0], {"training": {**settings, "random": random, "trained": found}})
+    say(f"{out}: averaged weights, {found}; random weights, {random}")
+
+
+if __name__ == "__main__":
+    command(main)
