@@ -28,6 +28,11 @@ from model import InputError, command, provenance, read_json, write_atomically, 
 
 NUMBERS = "runs/experiments"
 
+
+def slug(name):
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
 COMMON = "--seed {seed} --precision fp32 --log-every 50 --save-every 500 --keep 1 --resume"            # on a GPU too
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
 TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 "
@@ -93,6 +98,15 @@ WEIGHTS = {"p = 0": PLAIN, "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-
            "p = 1, c = 1e-2": "--loss-power 1 --loss-eps 1e-2",
            "published, c = 1e4": f"{PUBLISHED_WEIGHT} --loss-eps 1e4", "published": PUBLISHED_WEIGHT,
            "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
+# Sums, as other public codes have them: S / (S + c) is m / (m + c / 1024), with m the mean over the 1,024 numbers of a latent.
+CONSTANTS = {"p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-2": "--loss-eps 1e-2",
+             **{f"p = 1, c = {c}, summed": f"--loss-power 1 --loss-eps {c / 1024:.3g}" for c in (10, 1, 0.01)},
+             "published": PUBLISHED_WEIGHT}
+# Constant rates, and a state every 2,000 steps: (flags, steps).
+LENGTH = "--log-every 500 --save-every 2000 --keep-every 2000 --decay-from 0 --compile"
+LONG = {"published, lr 1e-3": (f"{PUBLISHED_WEIGHT} --lr 1e-3 --lr-final 1e-3", 30_000),
+        "published, lr 1e-4": (f"{PUBLISHED_WEIGHT} --lr 1e-4 --lr-final 1e-4", 30_000),
+        "p = 0.5, c = 0.1, lr 1e-3": ("--lr 1e-3 --lr-final 1e-3", 10_000)}
 TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
@@ -106,6 +120,11 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
     "b": dict(arms={f"{name}, {weight}": distill(flags, stage=stage.replace("--loss-eps 0.1 ", "") if flags == PLAIN else stage)
                     for name, stage in (("MFD", MFD), ("MFT", MFT))
                     for weight, flags in WEIGHTS.items()}),
+    "b-constants": dict(arms={name: distill(flags) for name, flags in CONSTANTS.items()}),
+    "b-length": dict(arms={name: distill(f"{flags} {LENGTH} --steps {steps}") for name, (flags, steps) in LONG.items()},
+                     also={"CMT, step 0": ("{run}/cmt", "--nfe 1")}
+                     | {f"{name}, step {k}": (f"{{exp}}/{slug(name)}", f"--nfe 1 --state {k}")
+                        for name, (_, steps) in LONG.items() for k in range(2000, steps + 1, 2000)}),
     "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
                                              f"--teacher-steps {n}"] for solver, n in SOLVERS}
               | {"euler, 16 steps, even times": [with_published("times", f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}}")]},
@@ -131,10 +150,6 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
                              for solver in ("euler", "heun") for n in (2, 4, 8, 16, 32, 50, 100)}
               | {f"{name.upper()}, NFE {n}": (f"{{run}}/{name}", f"--nfe {n}") for name in ("cmt", "mfd", "mft") for n in (1, 2, 4)}),
 }
-
-
-def slug(name):
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
 
 
 def plan(letter, seed):
@@ -201,6 +216,9 @@ def measured(letter, seed):
         rows[name] = {key: found[name][key] for key in ("nfe", "encoder", "classifier", "accuracy")} if name in found else {}
         log = ROOT / line.split()[1] / "log.jsonl"
         lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+        if " --state " in line:                                                     # what the log says there
+            lines = [x for x in lines if x["step"] <= int(line.split(" --state ")[1].split()[0])]
+            rows[name] |= {key: lines[-1][key] for key in ("mse_flow", "mse_jump", "grad_norm")}
         if lines and log.is_relative_to(ROOT / exp):
             late = [x["mse"] for x in lines[-max(1, len(lines) // 5):] if x["mse"] is not None]
             rows[name] |= dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late) if late else None,
@@ -283,6 +301,28 @@ def plot(letter, rows, path):
     write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
 
 
+def plot_length(rows, path):
+    """A PNG: four numbers against the step, a curve for each of the names before ", step K"."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained", sharex=True)
+    names = {"encoder": "Frechet distance, encoder, one step", "mse_jump": "mse of rows with s < t", "mse_flow": "mse of rows with s = t",
+             "grad_norm": "gradient norm, mean"}
+    (start,) = rows.pop("CMT, step 0").values()
+    for ax, (key, title) in zip(axes.flat, names.items(), strict=True):
+        for arm in LONG:
+            points = {int(name.split(", step ")[1]): found[0] for name, found in rows.items() if name.startswith(f"{arm}, step ")}
+            points = {0: start, **points} if key == "encoder" else points
+            ax.plot(points, [row[key] for row in points.values()], marker="o", markersize=3, linewidth=1, label=arm)
+        ax.set(yscale="log", title=title)
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -305,7 +345,9 @@ def main():
     if not args.list:
         rows = numbers(args.experiment, args.seeds, args.print or ROOT / NUMBERS)
         print(table(rows))
-        if args.plot:
+        if args.plot and args.experiment == "b-length":
+            plot_length(rows, args.plot)
+        elif args.plot:
             plot(args.experiment, rows, args.plot)
 
 
