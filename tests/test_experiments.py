@@ -9,7 +9,7 @@ import torch
 
 import model
 import train_cmt
-from docs.experiments import published, run
+from docs.experiments import meaning, published, run
 
 SMALL = "--synthetic --preset DiTDH-mini --batch-size 4 --steps 1"
 
@@ -27,6 +27,27 @@ def test_the_commands_are_valid(letter):
     assert len(set(outs)) == len(outs)                                            # no two write to one place
     for name, (_, column) in samples.items():                                     # as report.py reads it
         assert column.rpartition(":")[0].rpartition("=")[0] == name
+
+
+def test_the_commands_of_meaning_are_valid():
+    for arm in meaning.ENCODERS:
+        groups, rows = meaning.plan(arm, meaning.RATES[1])
+        lines = [line for chains in groups for chain in chains for line in chain]
+        for line in lines:
+            argv = shlex.split(line)
+            importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")).parse_args(argv[1:])
+        outs = {line.split(" --out ")[1].split()[0] for line in lines}
+        assert set(rows.values()) <= outs
+
+
+def test_effective_rank():
+    class Tokens(list):
+        def __getitems__(self, rows):
+            return torch.stack([self[i] for i in rows]), None
+    z = torch.randn(500, 8, 2, 2, generator=model.generator("cpu", 0))
+    assert 7.9 < meaning.effective_rank(Tokens(z)) <= 8                           # as many directions, of one length
+    z[:, 2:] *= 1e-4
+    assert 1.9 < meaning.effective_rank(Tokens(z)) < 2.01
 
 
 def test_published_ingredients(monkeypatch):

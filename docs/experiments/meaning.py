@@ -1,0 +1,184 @@
+"""Experiment i: does a semantic latent space make guidance unnecessary? Photographs, three encoders of one size.
+
+    docs/experiments/photographs.sh cifar10_train.zip split             # runs/photographs/train.zip, held-out.zip
+    python docs/experiments/meaning.py                                  # every arm; a second call goes on
+    python docs/experiments/meaning.py --arms random labels             # these alone
+    python docs/experiments/meaning.py --arms labels --print docs/experiments/numbers       # the page's table again
+
+An arm: encoder, latents, decoder; a teacher from each of two seeds, sampled with guidance 1 (none), 1.5 and 2; of the
+first, CMT and MFD, sampled in one step. Two commands at a time, one thread each. All is measured by the report's
+classifier, which is a convolutional network fitted to the training images, against 2,000 images kept out.
+"""
+import json
+import os
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+from encode_latents import Encoder, Images, Latents  # noqa: E402
+from eval_fid import Moments, precision_recall  # noqa: E402
+from model import ArgumentParser, InputError, command, load_decoder, provenance, read_json, write_json  # noqa: E402
+from run import call  # noqa: E402
+from sanity.report import classifier, decode, distance, draw_picture, read, read_samples  # noqa: E402
+from sanity.train_encoder import BANK, accuracies  # noqa: E402
+
+DATA, RUNS = "runs/photographs", "runs/experiments/i"
+SIZES = "--width 128 --depth 6 --heads 4 --patch 8"
+ENCODERS = {"random": f"sanity/random_encoder.py {SIZES}",
+            "labels": f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips --resume {SIZES} --steps 6000",
+            "self": f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips --resume {SIZES} --steps 6000 --objective self"}
+RATES = ("2e-3", "1e-3")                          # of the teacher; the better one of the random arm is every arm's
+GUIDANCE = (1, 1.5, 2)
+STEPS = dict(decoder=2000, teacher=8000, cmt=250, mfd=1450)
+SAMPLES = 2000
+COMMON = "--precision fp32 --log-every 200 --save-every 1000 --keep 1 --resume"
+
+
+def plan(arm, rate):
+    """-> lists of chains of commands, the chains of a list at the same time, and {row: its samples}."""
+    at = f"{RUNS}/{arm}"
+
+    def teacher(seed, lr):
+        name = f"{at}/teacher-{seed}-{lr}"
+        train = (f"train_teacher.py --latents {at}/latents --out {name} --preset DiTDH-mini --time-shift 2.5 --batch-size 64 "
+                 f"--steps {STEPS['teacher']} --lr {lr} --lr-final 2e-5 --decay-from 0.4 --ema 0.999 --seed {seed} {COMMON}")
+        return [train, *(sample(name, f"{name}-w{w}", f"--nfe 50 --solver heun --guidance {w}", seed) for w in GUIDANCE)]
+
+    def sample(network, out, flags, seed=0):
+        return (f"sample.py {network} --decoder {at}/decoder {flags} --num-samples {SAMPLES} --batch-size 250 --seed {seed} "
+                f"--out {out}.npz")
+
+    first = [f"{ENCODERS[arm]} --out {at}/encoder",
+             f"encode_latents.py --data-path {DATA}/train.zip --out {at}/latents --image-size 32 --encoder-size 32 --flips "
+             f"--encoder {at}/encoder --batch-size 250 --workers 0",
+             f"sanity/train_decoder.py --data-path {DATA}/train.zip --latents {at}/latents --out {at}/decoder --noise 0.5 "
+             f"--steps {STEPS['decoder']} --resume"]
+    weight = "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
+    base = f"{at}/teacher-0-{rate}"
+    students = [f"train_cmt.py --teacher {base} --out {at}/cmt --steps {STEPS['cmt']} --batch-size 32 --pairs 16 --pool-age 16 "
+                f"--lr 1e-3 --lr-final 5e-5 --ema 0.99 --seed 0 {COMMON}", sample(f"{at}/cmt", f"{at}/cmt", "--nfe 1"),
+                f"train_meanflow.py --latents {at}/latents --teacher {base} --init {at}/cmt --out {at}/mfd --batch-size 64 "
+                f"--steps {STEPS['mfd']} --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 {weight} --seed 0 {COMMON}",
+                sample(f"{at}/mfd", f"{at}/mfd", "--nfe 1")]
+    rows = {f"teacher {seed}, w = {w}": f"{at}/teacher-{seed}-{rate}-w{w}.npz" for seed in (0, 1) for w in GUIDANCE}
+    rows |= {"CMT 1": f"{at}/cmt.npz", "MFD 1": f"{at}/mfd.npz"}
+    rates = [[teacher(0, lr) for lr in RATES]] if arm == "random" else []
+    return [[first], *rates, [teacher(0, rate), teacher(1, rate)], [students]], rows
+
+
+class Judge:
+    """The report's classifier, and what it makes of the images kept out."""
+
+    def __init__(self):
+        self.train, held_out = (Images(f"{DATA}/{part}.zip", 32) for part in ("train", "held-out"))
+        self.real, self.labels = read(held_out, range(len(held_out)))
+        spaced = torch.linspace(0, len(self.train) - 1, len(held_out), dtype=torch.float64).round().long().tolist()
+        self.other, self.other_labels = read(self.train, spaced)
+        path = ROOT / RUNS / "classifier.safetensors"
+        self.net = classifier(path, self.train, self.other, 1500, 0, torch.device("cpu"))
+        self.features, self.accuracy = self.see(self.real, self.labels)
+
+    @torch.no_grad()
+    def see(self, images, labels):
+        parts = [self.net(x) for x in images.split(250)]
+        hits = torch.cat([logits for *_, logits in parts]).argmax(1) == labels
+        return torch.cat([features for features, *_ in parts]), hits.float().mean().item()
+
+    def row(self, images, labels):
+        features, accuracy = self.see(images, labels)
+        a, b = Moments().update(features), Moments().update(self.features)
+        precision, recall = precision_recall(self.features, features)[:2]
+        return dict(distance=distance(a, b), accuracy=accuracy, precision=float(precision), recall=float(recall))
+
+
+@torch.no_grad()
+def effective_rank(latents):
+    """exp of the entropy of the eigenvalues of the tokens' covariance, as shares (Roy and Vetterli, 2007)."""
+    z, _ = latents.__getitems__(list(range(0, len(latents), max(1, len(latents) // 4000))))
+    share = torch.linalg.eigvalsh(z.float().transpose(0, 1).flatten(1).cov().double()).clamp(min=1e-12)
+    share = share / share.sum()
+    return (-(share * share.log()).sum()).exp().item()
+
+
+def measure(arm, judge, rows):
+    at = ROOT / RUNS / arm
+    encoder, decoder = Encoder(at / "encoder", 32, 32), load_decoder(at / "decoder")[0].eval()
+    x, y = read(judge.train, list(range(0, len(judge.train), max(1, len(judge.train) // BANK))))
+    probe = accuracies(encoder.net, (x, y), (judge.real, judge.labels))
+    decoded = decode(judge.other, encoder, decoder, torch.device("cpu"))
+    found = {"real": {**judge.row(judge.other, judge.other_labels), "accuracy": judge.accuracy},
+             "decoded real": judge.row(decoded, judge.other_labels)}
+    images = {name: read_samples(ROOT / path, 32, 10) for name, path in rows.items()}
+    found |= {name: judge.row(*pair) for name, pair in images.items()}
+    first = [judge.labels.tolist().index(k) for k in range(10)]
+    draw_picture(at / "picture.png", {"real": judge.real[first], "decoded": decode(judge.real[first], encoder, decoder,
+                 torch.device("cpu")), **{name: x[:10] for name, (x, _) in images.items() if not name.startswith("teacher 1")}},
+                 judge.train.classes)
+    about = {**probe, "effective rank": effective_rank(Latents(at / "latents")),
+             "decoder, PSNR": read_json(at / "decoder/config.json", digest=False)["held_out"]["psnr"]}
+    return {"encoder": about, "rows": found}
+
+
+def table(numbers):
+    lines = ["| | distance | class accuracy | precision | recall |", "|---|---|---|---|---|"]
+    for arm, found in numbers.items():
+        lines.append(f"| **{arm}**: " + ", ".join(f"{name} {x:.3g}" for name, x in found["encoder"].items()) + " | | | | |")
+        lines += [f"| {name} | {row['distance']:.3g} | {row['accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} |"
+                  for name, row in found["rows"].items()]
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument("--arms", nargs="+", choices=ENCODERS, default=list(ENCODERS), help="which encoders")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--print", metavar="FOLDER", help="run nothing, print the numbers kept in this folder")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    os.chdir(ROOT)
+    if args.print:
+        return print(table({arm: read_json(f"{args.print}/i-{arm}.json") for arm in args.arms}))
+    if args.list:
+        lines = [line for arm in args.arms for chains in plan(arm, RATES[0])[0] for chain in chains for line in chain]
+        return print("\n".join(f"python {line}" for line in dict.fromkeys(lines)))
+    judge, numbers, choice = None, {}, Path(RUNS, "rate.json")
+
+    def chain(lines):
+        log = Path(RUNS, f"{shlex.split(lines[-1])[-1].replace('/', '_')}.txt")
+        for line in lines:
+            encoded = line.startswith("encode") and Path(line.split(" --out ")[1].split()[0], "latents.json").exists()
+            if not encoded and call(line, log, 1):
+                raise InputError(f"a command failed, see {log}")
+
+    Path(RUNS).mkdir(parents=True, exist_ok=True)
+    for arm in args.arms:
+        with ThreadPoolExecutor(2) as pool:
+            for chains in plan(arm, RATES[0])[0][:2] if arm == "random" else []:
+                list(pool.map(chain, chains))
+            judge = judge or Judge()
+            if arm == "random" and not choice.exists():
+                found = {lr: judge.row(*read_samples(f"{RUNS}/random/teacher-0-{lr}-w1.npz", 32, 10)) for lr in RATES}
+                write_json(choice, {"rate": min(RATES, key=lambda lr: found[lr]["distance"]), "rates": found})
+            if not choice.exists():
+                raise InputError("the random arm chooses the learning rate: begin with it")
+            groups, rows = plan(arm, read_json(choice)["rate"])
+            for chains in groups:
+                list(pool.map(chain, chains))
+        found = {**measure(arm, judge, rows), "rates": read_json(choice)["rates"], **provenance()}
+        write_json(Path(RUNS).parent / f"i-{arm}.json", found)
+        numbers[arm] = found
+        print(table({arm: found}), flush=True)
+        print(json.dumps(found["rates"]), flush=True)
+
+
+if __name__ == "__main__":
+    command(main)
