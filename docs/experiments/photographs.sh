@@ -2,6 +2,7 @@
 # The whole chain on real photographs: CIFAR-10's training images as a .zip of class folders, 200 of each class kept out as the reference.
 # For 20,000 of them stored as JPEG of quality 75, a .zip of sha256 19c5d154bc6663e163f9296de8e4b4262ff00d4c0d798575c139d3becc102f5e.
 #   docs/experiments/photographs.sh cifar10_train.zip              about 2 hours on two CPU cores -> runs/photographs
+#   docs/experiments/photographs.sh cifar10_train.zip split        only train.zip and held-out.zip, for experiment i
 # Two of the report's checks are the sanity run's and must fail here: 2,000 images are held out, and no small classifier reaches 0.98.
 # Two processes: on a machine with one GPU, hide it (CUDA_VISIBLE_DEVICES=). A second call goes on where the first was stopped. The encoder is random: see docs/RESULTS.md.
 set -euo pipefail
@@ -38,6 +39,7 @@ PYTHON
 TWO="env OMP_NUM_THREADS=1 $PYTHON -m torch.distributed.run --nproc_per_node=2"      # a process on each of two cores
 COMMON="--seed 0 --log-every 200 --save-every 500 --keep 1 --resume"
 [ -e "$RUN/held-out.zip" ] || split
+[ "${2:-}" != split ] || exit 0
 stage encoder "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder" --width 48 --patch 4
 stage encode "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RUN/latents" --image-size 32 --encoder-size 32 --batch-size 256 \
     --flips --encoder "$RUN/encoder"

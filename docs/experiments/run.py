@@ -100,13 +100,13 @@ WEIGHTS = {"p = 0": PLAIN, "p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-3": "--loss-
            "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
 # Sums, as other public codes have them: S / (S + c) is m / (m + c / 1024), with m the mean over the 1,024 numbers of a latent.
 CONSTANTS = {"p = 0.5, c = 0.1": "", "p = 0.5, c = 1e-2": "--loss-eps 1e-2",
-             **{f"p = 1, c = {c}, summed": f"--loss-power 1 --loss-eps {c / 1024:.3g}" for c in (10, 1, 0.01)},
+             **{f"p = 1, c = {c}, summed": f"--loss-power 1 --loss-eps {c / 1024:.3g}" for c in (1, 0.01)},
              "published": PUBLISHED_WEIGHT}
 # Constant rates, and a state every 2,000 steps: (flags, steps).
 LENGTH = "--log-every 500 --save-every 2000 --keep-every 2000 --decay-from 0 --compile"
 LONG = {"published, lr 1e-3": (f"{PUBLISHED_WEIGHT} --lr 1e-3 --lr-final 1e-3", 30_000),
         "published, lr 1e-4": (f"{PUBLISHED_WEIGHT} --lr 1e-4 --lr-final 1e-4", 30_000),
-        "p = 0.5, c = 0.1, lr 1e-3": ("--lr 1e-3 --lr-final 1e-3", 10_000)}
+        "p = 0.5, c = 0.1, lr 1e-3": ("--lr 1e-3 --lr-final 1e-3", 6000)}
 TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
