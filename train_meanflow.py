@@ -235,7 +235,8 @@ def parse_args(argv=None):
         help="step of the finite differences, in t (default: 0.005; MF-RAE)")
     add("--loss-form", choices=("mean", "published"), default="published",
         help="a sample's weight is made of its mean squared error, or of the square of its summed one "
-             "(MF-RAE at XL; small networks: mean, docs/METHOD.md)")
+             "(MF-RAE: XL, 180,000 steps; for smaller networks or shorter runs take mean with "
+             "--loss-power 0.5 --loss-eps 0.1, docs/METHOD.md)")
     add("--loss-power", type=not_negative, default=1.0, help="p of the weight (q + c)^-p; 0: plain (MF-RAE)")
     add("--loss-eps", type=positive, help="c of the weight (default: 0.001; MF-RAE)")
     add("--label-dropout", type=fraction, default=0.1, help="probability of 'no label' (MF-RAE)")

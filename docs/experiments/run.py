@@ -314,7 +314,7 @@ def plot_length(rows, path):
         for arm in LONG:
             points = {int(name.split(", step ")[1]): found[0] for name, found in rows.items() if name.startswith(f"{arm}, step ")}
             points = {0: start, **points} if key == "encoder" else points
-            ax.plot(points, [row[key] for row in points.values()], marker="o", markersize=3, linewidth=1, label=arm)
+            ax.plot(list(points), [row[key] for row in points.values()], marker="o", markersize=3, linewidth=1, label=arm)
         ax.set(yscale="log", title=title)
         ax.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
