@@ -26,9 +26,10 @@ from model import (  # noqa: E402
 def dinov2(width, depth, heads, patch, image_size, **more):
     """A Dinov2WithRegistersModel of these sizes, initialized by torch's global generator."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-    if width % heads or image_size % patch:
-        raise InputError(f"--width {width} must be a multiple of --heads {heads}, and the image size "
-                         f"{image_size} one of --patch {patch}")
+    if width % heads:
+        raise InputError(f"--width {width} --heads {heads}: give a width that is a multiple of the heads")
+    if image_size % patch:
+        raise InputError(f"--image-size {image_size} --patch {patch}: give a size that is a multiple of the patch")
     return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, patch_size=patch,
         image_size=image_size, **more))

@@ -228,8 +228,8 @@ def test_encoder_learns_resumes_and_encodes(objective, chain, tmp_path, capsys, 
 def test_encoder_refuses(chain, tmp_path):
     with pytest.raises(InputError, match="two class folders or more"):
         train_encoder.main(["--data-path", f"{chain}/digits/train/3", "--out", f"{tmp_path}/out"])
-    for flags in (["--width", "18"], ["--image-size", "20"]):
-        with pytest.raises(InputError, match="multiple of --heads 4, and the image size"):
+    for flags, what in ((["--width", "18"], "heads"), (["--image-size", "20"], "patch")):
+        with pytest.raises(InputError, match=f"multiple of the {what}"):
             train_encoder.main(["--data-path", f"{chain}/digits/train", "--out", f"{tmp_path}/out", *flags])
     assert not (tmp_path / "out").exists()
 
