@@ -29,7 +29,7 @@ def dinov2(width, depth, heads, patch, image_size, **more):
     if width % heads:
         raise InputError(f"--width {width} --heads {heads}: give a width that is a multiple of the heads")
     if image_size % patch:
-        raise InputError(f"--image-size {image_size} --patch {patch}: give a size that is a multiple of the patch")
+        raise InputError(f"--image-size {image_size} --patch {patch}: give a multiple of the patch")
     return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, patch_size=patch,
         image_size=image_size, **more))

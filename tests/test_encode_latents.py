@@ -761,6 +761,7 @@ def chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")            # Pillow's word on what is broken on purpose
 def test_metadata_never_stops_pixels():
     rgb = picture(24, 20)
     png = saved(Image.fromarray(rgb), "PNG")
