@@ -163,6 +163,7 @@ def test_views():
     for flips, least, most in ((False, 64, 64), (True, 20, 44)):
         row = train_encoder.view(ramp, generator("cpu", 3), flips)[:, 0, 8]
         assert least <= (row[:, -1] > row[:, 0]).sum() <= most
+        assert row.diff(dim=1).abs().min() > 0                # no crop reaches beyond the image, where nothing changes
     # A crop is of 0.3 to 1 of the area: of so much of the ramp, where contrast and brightness (0.6 to 1.4 each) leave it.
     part = (row[:, -1] - row[:, 0]).abs() / 0.2
     assert part.max() < 1.4 ** 2 and part.min() > 0.3 ** 0.5 * 0.6 ** 2 * 0.9
@@ -188,6 +189,22 @@ def test_accuracies(monkeypatch):
     assert right == {"k-NN": 1, "linear probe": 1}
     shuffled = train_encoder.accuracies(net, (images[:500], labels[torch.randperm(500, generator=g)]), (images[500:], y[500:]))
     assert max(shuffled.values()) < 0.6
+
+
+def test_the_teacher_speaks_of_the_other_view(chain, tmp_path, monkeypatch):
+    """In the first step student and teacher are the same network."""
+    seen = []
+
+    def stop(guess, target):
+        seen.append((guess.detach() * 0.1, target))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_encoder, "assign", lambda logits: logits)
+    monkeypatch.setattr(train_encoder.F, "cross_entropy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_encoder.main(["--data-path", f"{chain}/digits/train", "--image-size", "16", "--objective", "self", "--batch-size",
+                            "5", "--out", f"{tmp_path}/out", *"--width 16 --depth 1 --heads 2 --patch 4".split()])
+    (guess, target), = seen
+    assert torch.allclose(target, torch.cat([guess[5:], guess[:5]]), atol=1e-5) and not torch.allclose(guess, target, atol=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["labels", "self"])
