@@ -88,6 +88,7 @@ def parse_args(argv=None):
     add("--seed", type=whole(0), default=0, help="of everything random")
     add("--save-every", type=whole(), default=500, metavar="STEPS", help="steps between states")
     add("--resume", action="store_true", help="go on from the state in --out, if there is one")
+    add("--workers", type=whole(0), default=0, help="processes that read ahead; 0: read in place")
     return parser.parse_args(argv)
 
 
@@ -102,7 +103,7 @@ def main(argv=None):
     net = dinov2(*sizes, args.image_size)
     for unused in (net.layernorm, net.embeddings.mask_token):   # latents are without the norm's affine part
         unused.requires_grad_(False)
-    free = "out", "save_every", "resume", "data_path"
+    free = "out", "save_every", "resume", "workers", "data_path"
     settings = {"data": images.digest, **{k: v for k, v in vars(args).items() if k not in free}}
     state = open_run(out, settings, args.resume)
     order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
@@ -120,7 +121,7 @@ def main(argv=None):
     say(f"random weights: {random}; {len(images) - kept:,} images, steps {first} to {args.steps} on {device}")
     rest = order[kept:]
     rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first, args.steps)
-    batches = batches_of(images, [[rest[i] for i in batch] for batch in rows], workers=0)
+    batches = batches_of(images, [[rest[i] for i in batch] for batch in rows], args.workers)
     for step, (x, target) in enumerate(batches, first + 1):
         g = generator("cpu", args.seed, "encoder", step)
         x, target = x.to(device).float() / 255, target.to(device)
@@ -140,7 +141,6 @@ def main(argv=None):
         if step % args.save_every == 0 or step == args.steps:
             say(f"step {step}: {accuracies(teacher[0], *judges)}")
             save_run(out, settings, step, student, teacher, optimizer)
-
     found = accuracies(teacher[0], *judges)
     save_dinov2(out, teacher[0], {"training": {**settings, "random": random, "trained": found}})
     say(f"{out}: averaged weights, {found}; random weights, {random}")

@@ -221,7 +221,7 @@ def test_encoder_learns_resumes_and_encodes(objective, chain, tmp_path, capsys, 
     with pytest.raises(KeyboardInterrupt):
         train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped"])
     monkeypatch.setattr(train_encoder, "save_run", save)
-    train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped", "--resume"])
+    train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped", "--resume", "--workers", "1"])
     for name in ("state", "model"):
         a, b = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (whole, tmp_path / "stopped"))
         assert all(torch.equal(a[k], b[k]) for k in a.keys() | b.keys())

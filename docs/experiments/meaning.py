@@ -11,7 +11,6 @@ classifier, which is a convolutional network fitted to the training images, agai
 """
 import json
 import os
-import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,7 +152,7 @@ def main(argv=None):
     judge, numbers, choice = None, {}, Path(RUNS, "rate.json")
 
     def chain(lines):
-        log = Path(RUNS, f"{shlex.split(lines[-1])[-1].replace('/', '_')}.txt")
+        log = Path(RUNS, lines[0].split(" --out ")[1].split()[0].replace("/", "_") + ".txt")
         for line in lines:
             encoded = line.startswith("encode") and Path(line.split(" --out ")[1].split()[0], "latents.json").exists()
             if not encoded and call(line, log, 1):
