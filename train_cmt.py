@@ -1,10 +1,12 @@
 """Stage 2: consistency mid-training (CMT, arXiv 2509.24526), the start of every few-step student here.
- Learns long jumps along the teacher's own trajectories. From noise z_1 the teacher's PF-ODE is solved on
+
+Learns long jumps along the teacher's own trajectories. From noise z_1 the teacher's PF-ODE is solved on
 the shifted grid 1 = t_0 > t_1 > ... > t_N = 0. Between any two of its points, at t = t_i and s = t_j < t,
 the student regresses the mean velocity:
 
     || h(z_t, t, y, s) - (z_t - z_s) / (t - s) ||^2
- No images are needed: only noise, labels and the teacher, whose weights the student starts from (the
+
+No images are needed: only noise, labels and the teacher, whose weights the student starts from (the
 embedding of t - s is new and starts at zero). The times are the true ones of the solver's grid.
 
     python train_cmt.py                               # one GPU (or CPU): reads runs/teacher, writes runs/cmt

@@ -1,10 +1,10 @@
-"""The sanity run's report: a table of distances and accuracies, what must hold and whether it does, and one
-picture.
+"""The sanity run's report: distances and accuracies, what must hold and whether it does, and one picture.
 
     python sanity/report.py --run runs/sanity --data data/digits   # -> report.md, report.json, picture.png
     python sanity/report.py --run runs/cifar --data cifar/train.zip --held-out cifar/held-out.zip --samples \\
         "teacher 50=samples/teacher_50.npz:50" "MFD 1=samples/mfd_1.npz:1"      # name=file:nfe, one or more
- Frechet distances to held-out real images in two feature spaces: the latents' encoder, its tokens averaged
+
+Frechet distances to held-out real images in two feature spaces: the latents' encoder, its tokens averaged
 over the grid; and the third of the four blocks of a small convolutional classifier, averaged likewise,
 which is fitted here to the real training images and kept in --run. The distance in its last block is given
 too, but not judged by: there a fitted classifier has little left but the class, so that it sees neither

@@ -184,6 +184,15 @@ def test_programs(page):
 
 
 # ---- Length and order ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", [path for path in CODE if path.suffix == ".py"], ids=name)
+def test_docstrings(script):
+    """What --help prints of it is whole sentences; no line begins with a space where a blank line got lost."""
+    source = script.read_text()
+    text = ast.get_docstring(ast.parse(source), clean=False) or "."
+    description = text.split("\n" if r'__doc__.split("\n")' in source else "\n\n")[0].rstrip()
+    assert description.endswith((".", ":", "?")) and not re.search(r"^ \S", text, flags=re.M)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_lines_are_short(page):
     for line in parts(page)[0]:
