@@ -5,9 +5,9 @@
 
 An ordinary Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens after the final
 LayerNorm without its affine part; z, their mean, stands for the image. labels: cross entropy of a linear
-layer on z. self: self-distillation (DINO, arXiv 2104.14294): of two views of an image, the student gives one
-the prototypes that the teacher, the average of its weights, gives the other. Printed as it goes: k-NN and
-linear-probe accuracy on a tenth of the images, kept out, beside those of an encoder with random weights.
+layer on z. self: two views of an image find each other among the batch's (SimCLR, arXiv 2002.05709).
+The network saved is the average of the weights. Printed as it goes: k-NN and linear-probe accuracy on a tenth
+of the images, kept out, beside those of an encoder with random weights.
 """
 import copy
 import math
@@ -25,13 +25,14 @@ from model import (  # noqa: E402
 from sanity.random_encoder import add_sizes, dinov2, random_dinov2, save_dinov2  # noqa: E402
 from sanity.train_decoder import open_run, restore, save_run  # noqa: E402
 
-BANK, KEPT_OUT, PROTOTYPES = 5000, 2000, 512      # images to judge by and on, at most; self's directions
+BANK, KEPT_OUT = 5000, 2000                       # images to judge by and on, at most
 
 
-def view(x, g, flips):
-    """x: (B, 3, S, S) in [0, 1] -> crops of 0.3 to 1 of the area, perhaps mirrored, in other colours."""
+def view(x, g, flips, smallest=0.3, tint=0.0):
+    """x: (B, 3, S, S) in [0, 1] -> crops of `smallest` to 1 of the area, perhaps mirrored, in other
+    contrast, saturation and light, which differs by up to `tint` between the colours."""
     area, left, top, turn, colour, contrast, light = torch.rand(7, len(x), 1, 1, 1, generator=g).to(x.device)
-    size, none = (0.3 + 0.7 * area).sqrt(), torch.zeros_like(area)
+    size, none = (smallest + (1 - smallest) * area).sqrt(), torch.zeros_like(area)
     width = torch.where(turn < 0.5, -size, size) if flips else size
     left, top = (2 * left - 1) * (1 - size), (2 * top - 1) * (1 - size)
     crop = torch.cat([width, none, left, none, size, top], dim=1).view(-1, 2, 3)
@@ -39,7 +40,8 @@ def view(x, g, flips):
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     x = torch.lerp(x.mean(1, keepdim=True), x, 1.5 * colour)
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, 0.6 + 0.8 * contrast)
-    return (x * (0.6 + 0.8 * light)).clamp(0, 1)
+    colours = 1 + tint * (2 * torch.rand(len(x), 3, 1, 1, generator=g) - 1).to(x.device)
+    return (x * (0.6 + 0.8 * light) * colours).clamp(0, 1)
 
 
 def features(net, x):
@@ -49,13 +51,10 @@ def features(net, x):
     return tokens[:, 1 + net.config.num_register_tokens:].mean(1)
 
 
-def assign(logits):
-    """(N, K) -> for each row a distribution over prototypes, all of these about equally often, so that not
-    all images become one: Sinkhorn-Knopp (SwAV, arXiv 2006.09882)."""
-    q = (logits / 0.05).softmax(1)
-    for _ in range(3):
-        q = F.normalize(q / (q.sum(0) + 1e-8), p=1, dim=1)
-    return q
+def similarities(z):
+    """(2 B, C), one view of B images and then another -> (2 B, 2 B): cosines / 0.2, a view's own left out."""
+    z = F.normalize(z)
+    return (z @ z.T / 0.2).fill_diagonal_(-math.inf)
 
 
 @torch.no_grad()
@@ -111,13 +110,12 @@ def main(argv=None):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = accuracies(random_dinov2(*sizes).to(device), *judges)
     head = nn.Linear(args.width, len(images.classes)) if args.objective == "labels" else nn.Sequential(
-        nn.Linear(args.width, 4 * args.width), nn.GELU(), nn.Linear(4 * args.width, args.width),
-        nn.LayerNorm(args.width, elementwise_affine=False), nn.Linear(args.width, PROTOTYPES, bias=False))
+        nn.Linear(args.width, 4 * args.width), nn.GELU(), nn.Linear(4 * args.width, args.width))
     student = nn.ModuleList([net, head]).to(device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    weights, averages = list(student.parameters()), list(teacher.parameters())
+    average = copy.deepcopy(student).requires_grad_(False)
+    weights, averages = list(student.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    first = restore(state, student, teacher, optimizer)
+    first = restore(state, student, average, optimizer)
     say(f"random weights: {random}; {len(images) - kept:,} images, steps {first} to {args.steps} on {device}")
     rest = order[kept:]
     rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first, args.steps)
@@ -125,12 +123,13 @@ def main(argv=None):
     for step, (x, target) in enumerate(batches, first + 1):
         g = generator("cpu", args.seed, "encoder", step)
         x, target = x.to(device).float() / 255, target.to(device)
-        x = torch.cat([view(x, g, args.flips) for _ in range(1 if args.objective == "labels" else 2)])
-        if args.objective == "self":
-            with torch.no_grad():                 # what the teacher says of the other view
-                target = assign(teacher[1](features(teacher[0], x))).roll(len(x) // 2, 0)
-        temperature = 1 if args.objective == "labels" else 0.1
-        F.cross_entropy(head(features(net, x)) / temperature, target).backward()
+        if args.objective == "labels":
+            answers = head(features(net, view(x, g, args.flips)))
+        else:
+            x = torch.cat([view(x, g, args.flips, smallest=0.2, tint=0.3) for _ in range(2)])
+            answers = similarities(head(features(net, x)))
+            target = torch.arange(len(x), device=device).roll(len(x) // 2)    # the other view
+        F.cross_entropy(answers, target).backward()
         part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = args.lr * part
         nn.utils.clip_grad_norm_(weights, 1)
@@ -139,10 +138,10 @@ def main(argv=None):
         with torch.no_grad():                     # it soon forgets the random start
             torch._foreach_lerp_(averages, weights, 1 - min(0.996, step / (10 + step)))
         if step % args.save_every == 0 or step == args.steps:
-            say(f"step {step}: {accuracies(teacher[0], *judges)}")
-            save_run(out, settings, step, student, teacher, optimizer)
-    found = accuracies(teacher[0], *judges)
-    save_dinov2(out, teacher[0], {"training": {**settings, "random": random, "trained": found}})
+            say(f"step {step}: {accuracies(average[0], *judges)}")
+            save_run(out, settings, step, student, average, optimizer)
+    found = accuracies(average[0], *judges)
+    save_dinov2(out, average[0], {"training": {**settings, "random": random, "trained": found}})
     say(f"{out}: averaged weights, {found}; random weights, {random}")
 
 

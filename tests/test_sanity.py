@@ -169,11 +169,21 @@ def test_views():
     assert part.max() < 1.4 ** 2 and part.min() > 0.3 ** 0.5 * 0.6 ** 2 * 0.9
 
 
-def test_assignments_are_of_all_prototypes():
-    logits = torch.randn(200, 8, generator=generator("cpu", 0)) * 0.02 + torch.tensor([0.1] + [0.0] * 7)
-    q = train_encoder.assign(logits)
-    assert torch.allclose(q.sum(1), torch.ones(200)) and torch.allclose(q.sum(0), torch.full((8,), 25.0), rtol=0.05)
-    assert (logits / 0.05).softmax(1).sum(0)[0] > 2 * 25      # without it the first would have most
+def test_tint():
+    """Light that differs between the colours, by up to 0.3."""
+    x = torch.full((500, 3, 8, 8), 0.4)
+    grey, tinted = (train_encoder.view(x, generator("cpu", 0), False, tint=tint) for tint in (0, 0.3))
+    ratio = (tinted / grey)[:, :, 0, 0]
+    assert 0.7 <= ratio.min() < 0.72 and 1.28 < ratio.max() <= 1.3 and grey.std(1).max() == 0
+
+
+def test_views_find_each_other():
+    """Of pairs of alike vectors each finds its own, whatever their length; and with itself left out."""
+    a, b = (torch.randn(6, 4, generator=generator("cpu", key)) for key in (0, 1))
+    z = torch.cat([a, 3 * a + 0.01 * b])
+    logits = train_encoder.similarities(z)
+    assert torch.equal(logits.argmax(1), torch.arange(12).roll(6)) and logits.diag().isneginf().all()
+    assert torch.allclose(logits[0, 1], torch.cosine_similarity(z[:1], z[1:2])[0] / 0.2)
 
 
 def test_accuracies(monkeypatch):
@@ -191,20 +201,21 @@ def test_accuracies(monkeypatch):
     assert max(shuffled.values()) < 0.6
 
 
-def test_the_teacher_speaks_of_the_other_view(chain, tmp_path, monkeypatch):
-    """In the first step student and teacher are the same network."""
+def test_views_are_two_of_each_image(chain, tmp_path, monkeypatch):
+    """Rows i and i + B are of one image, and each is to find the other."""
     seen = []
 
-    def stop(guess, target):
-        seen.append((guess.detach() * 0.1, target))
+    def stop(answers, target):
+        seen.append(target)
         raise KeyboardInterrupt
-    monkeypatch.setattr(train_encoder, "assign", lambda logits: logits)
+    monkeypatch.setattr(train_encoder, "view", lambda x, *rest, **more: x)
+    monkeypatch.setattr(train_encoder, "similarities", lambda z: seen.append(z))
     monkeypatch.setattr(train_encoder.F, "cross_entropy", stop)
     with pytest.raises(KeyboardInterrupt):
         train_encoder.main(["--data-path", f"{chain}/digits/train", "--image-size", "16", "--objective", "self", "--batch-size",
                             "5", "--out", f"{tmp_path}/out", *"--width 16 --depth 1 --heads 2 --patch 4".split()])
-    (guess, target), = seen
-    assert torch.allclose(target, torch.cat([guess[5:], guess[:5]]), atol=1e-5) and not torch.allclose(guess, target, atol=1e-3)
+    z, target = seen
+    assert torch.allclose(z[target], z, atol=1e-5) and target.tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("objective", ["labels", "self"])
