@@ -124,12 +124,29 @@ def measure(arm, judge, rows):
     return {"encoder": about, "rows": found}
 
 
+def gains(rows):
+    """By how much, as a share of it, the better of the two guidances lowers the distance: of each teacher."""
+    for seed in (0, 1):
+        none, *guided = (rows[f"teacher {seed}, w = {w}"]["distance"] for w in GUIDANCE)
+        yield 1 - min(guided) / none
+
+
 def table(numbers):
-    lines = ["| | distance | class accuracy | precision | recall |", "|---|---|---|---|---|"]
-    for arm, found in numbers.items():
-        lines.append(f"| **{arm}**: " + ", ".join(f"{name} {x:.3g}" for name, x in found["encoder"].items()) + " | | | | |")
-        lines += [f"| {name} | {row['distance']:.3g} | {row['accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} |"
-                  for name, row in found["rows"].items()]
+    """The page's two tables, of the arms {name: numbers}: the samples, then the encoders."""
+    names, first = list(numbers), next(iter(numbers.values()))
+    columns = [("distance", ".3g"), ("accuracy", ".3f"), ("precision", ".2f"), ("recall", ".2f")]
+
+    def line(*cells):
+        return "| " + " | ".join(cells) + " |"
+    head = [f"{column}: {name}" if name == names[0] else name for column, _ in columns for name in names]
+    lines = [line("", *head), "|---" * (1 + len(head)) + "|"]
+    for row in first["rows"]:
+        lines.append(line(row, *(format(numbers[name]["rows"][row][column], how) for column, how in columns for name in names)))
+    head = ["encoder", *first["encoder"], "guidance lowers the distance by"]
+    lines += ["", line(*head), "|---" * len(head) + "|"]
+    for name, found in numbers.items():
+        shares = ", ".join(f"{share:.1%}" for share in gains(found["rows"]))
+        lines.append(line(name, *(f"{x:.3g}" for x in found["encoder"].values()), shares))
     return "\n".join(lines)
 
 
