@@ -44,12 +44,15 @@ def test_the_tables_of_meaning():
     """Two arms: in the second guidance lowers the distance of teacher 0 by a quarter, and raises that of teacher 1."""
     def arm(*distances):
         rows = {f"teacher {seed}, w = {w}": distances[3 * seed + i] for seed in (0, 1) for i, w in enumerate(meaning.GUIDANCE)}
-        return {"encoder": {"k-NN": 0.25}, "rows": {name: dict(distance=d, accuracy=0.5, precision=0.1, recall=1) for name, d in rows.items()}}
+        return {"encoder": {"k-NN": 0.25}, "rows": {name: {
+            "distance": d, "to decoded": d / 2, "class accuracy": 0.5, "precision": 0.1, "recall": 1} for name, d in rows.items()}}
     numbers = {"random": arm(1, 1, 1, 1, 1, 1), "labels": arm(4, 3, 5, 2, 4, 3)}
-    assert [*meaning.gains(numbers["labels"]["rows"])] == [0.25, -0.5]
+    assert [*meaning.gains(numbers["labels"]["rows"], "distance")] == [0.25, -0.5]
     lines = meaning.table(numbers).splitlines()
-    assert lines[3] == "| teacher 0, w = 1.5 | 1 | 3 | 0.500 | 0.500 | 0.10 | 0.10 | 1.00 | 1.00 |"
-    assert lines[-1] == "| labels | 0.25 | 25.0%, -50.0% |" and len({line.count("|") for line in lines[:8]}) == 1
+    assert lines[3] == "| teacher 0, w = 1.5 | 1 | 3 | 0.5 | 1.5 | 0.500 | 0.500 |"
+    assert lines[12] == "| teacher 0, w = 1.5 | 0.10 | 0.10 | 1.00 | 1.00 |"
+    assert lines[-1] == "| labels | 0.25 | 25.0%, -50.0% | 25.0%, -50.0% |"
+    assert len({line.count("|") for line in lines[:8]}) == len({line.count("|") for line in lines[-4:]}) == 1
 
 
 def test_effective_rank():
