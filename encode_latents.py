@@ -18,7 +18,6 @@ import atexit
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -27,7 +26,6 @@ import re
 import shutil
 import signal
 import stat
-import sys
 import threading
 import time
 import zipfile
@@ -43,30 +41,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from model import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    ArgumentParser,
-    InputError,
-    barrier,
-    command,
-    digest_of,
-    digest_of_text,
-    find,
-    generator,
-    hold,
-    is_first,
-    launch,
-    load_stats,
-    number,
-    read_json,
-    read_tensors,
-    refuse_other,
-    say,
-    whole,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, generator, is_first,
+    launch, load_stats, location, lock, number, read_json, read_tensors, refuse_other, say, whole,
+    write_atomically, write_json, write_tensors)
 
 DINOV2 = "facebook/dinov2-with-registers-base"
 SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
@@ -310,9 +287,9 @@ class Images:
         self.digest = hashlib.sha256(json.dumps([self.classes, self.paths]).encode()).hexdigest()
         if left_out and is_first():
             kinds = ", ".join(f"{n:,} {what}" for what, n in left_out.most_common())
-            say(f"{where}: left out: {kinds}", sys.stderr)
+            say(f"{where}: left out: {kinds}")
         if not folders and is_first():
-            say(f"{where} has no class folders: all is one class, {printable(alone)}", sys.stderr)
+            say(f"{where} has no class folders: all is one class, {printable(alone)}")
 
     def __len__(self):
         return len(self.paths)
@@ -420,10 +397,9 @@ def load_dinov2(source):
     from transformers.utils import logging
     logging.disable_progress_bar()
     try:
-        path, ours = find(source), dict(trust_remote_code=False)
-        kind = AutoConfig.from_pretrained(path, **ours).model_type
+        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         net, notes = Dinov2WithRegistersModel.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **ours)
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:                    # transformers raises a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"no encoder {source} ({reason}): give --encoder a folder or Hub id of a DINOv2 "
@@ -431,6 +407,11 @@ def load_dinov2(source):
     if kind != "dinov2_with_registers" or notes["missing_keys"]:
         raise InputError(f"{source} is a {kind} model, a dinov2_with_registers one is needed as --encoder")
     return net
+
+
+def digest_of_text(*parts):
+    """sha256 of what JSON can hold, whatever the order of its dicts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ---- The format's readers ----------------------------------------------------------------------------------
@@ -495,10 +476,10 @@ def encoder_of(about):
 
 
 def statistics_of(folder, about):
-    """(mean, var) of latents. InputError where the file is not the one that their description names."""
+    """Those of latents. InputError where the file is not the one that their description names."""
     path = Path(folder, "latent_stats.safetensors")
     stats = load_stats(path, about["shape"])
-    if read_tensors(path, check=False)[1].get("sha256") != about["statistics_sha256"]:
+    if read_tensors(path, check=False)[2].get("") != about["statistics_sha256"]:
         raise InputError(f"{path} is not of these latents: the command that made them makes it again; other "
                          "statistics go into --stats")
     return stats
@@ -506,7 +487,7 @@ def statistics_of(folder, about):
 
 class Latents:
     """The latents of a folder written by this file, by memory map. Attributes: `shape` (C, H, W), `count`,
-    `classes`, `num_classes`, `stats` (mean, var; float64), `labels` (N,), `description` (latents.json).
+    `classes`, `num_classes`, `stats` ({"mean", "var"}, float64), `labels` (N,), `description` (latents.json).
     InputError: none, cut, or not what the description says."""
 
     def __init__(self, folder):
@@ -517,9 +498,9 @@ class Latents:
         self.ends = np.cumsum([shard["count"] for shard in about["shards"]])
         self.maps, labels = {}, []
         for path, shard in zip(self.paths, about["shards"], strict=True):
-            tensors, header = read_tensors(path, check=False)
-            z, y = (tensors.get(name, torch.empty(0)) for name in ("latents", "labels"))
-            fits = [header.get("sha256") == shard["sha256"], z.shape == (shard["count"], *self.shape),
+            parts, _, digests = read_tensors(path, check=False)
+            z, y = (parts.get("", {}).get(name, torch.empty(0)) for name in ("latents", "labels"))
+            fits = [digests.get("") == shard["sha256"], z.shape == (shard["count"], *self.shape),
                     y.shape == z.shape[:1], (z.dtype, y.dtype) == (torch.float16, torch.int64)]
             if not all(fits) or not ((0 <= y) & (y < self.num_classes)).all():
                 raise InputError(f"{path} is not the file that {folder}/latents.json describes: the command "
@@ -539,7 +520,7 @@ class Latents:
         shards = np.searchsorted(self.ends, indices, side="right")
         for i, (index, k) in enumerate(zip(indices, shards, strict=True)):
             if k not in self.maps:
-                self.maps[k] = read_tensors(self.paths[k], check=False)[0]["latents"].numpy()
+                self.maps[k] = read_tensors(self.paths[k], check=False)[0][""]["latents"].numpy()
             # Both are counted from the shard's end: a negative index.
             batch[i] = self.maps[k][index - self.ends[k]]
         return torch.from_numpy(batch), self.labels[indices]
@@ -622,20 +603,13 @@ def outlive_signals(ending, worker):
 
 class TrainingData:
     """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes
-    (its shards are not needed); or, `synthetic` = 256 or 512, random latents at the real shapes.
+    (its shards are not needed).
 
-    Attributes: `shape`, `classes` (names), `stats` (mean, var), `about` (dict, for the run's records),
+    Attributes: `shape`, `classes` (names), `stats` ({"mean", "var"}), `about` (dict, for the run's records),
     `digest` (of the contents, wherever they lie), `encoder` (of images on the fly, else None)."""
 
-    def __init__(self, latents, data_path=None, synthetic=None):
-        self.encoder, self.dataset, self.flips = None, None, False
-        if synthetic:
-            self.shape = (768, synthetic // 16, synthetic // 16)
-            self.classes = [str(i) for i in range(1000)]
-            self.stats = torch.zeros(self.shape).double(), torch.ones(self.shape).double()
-            self.about = {"synthetic": synthetic}
-            self.digest = digest_of_text(self.about)
-            return
+    def __init__(self, latents, data_path=None):
+        self.encoder, self.flips = None, False
         about = read_description(latents)
         self.shape, self.classes = tuple(about["shape"]), about["classes"]
         self.about = {k: v for k, v in about.items() if k not in ("classes", "shards")}
@@ -654,17 +628,14 @@ class TrainingData:
         encoder, stats = about["encoder"]["sha256"], about["statistics_sha256"]
         self.digest = digest_of_text(self.classes, encoder, stats, content)
 
-    def batches(self, seed, batch_size, rows, first_step, last_step, device, workers=0):
-        """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`."""
-        if self.dataset is None:
-            for step, (start, stop) in itertools.product(range(first_step, last_step), rows):
-                g = generator(device, seed, "synthetic", step, start)
-                yield (torch.randn(stop - start, *self.shape, generator=g, device=device),
-                       torch.randint(len(self.classes), (stop - start,), generator=g, device=device))
-            return
+    def batches(self, args, rows, first_step, device):
+        """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`.
+
+        args: `seed`, `batch_size`, `steps`, `workers`."""
         encode = self.encoder.to(device) if self.encoder else nn.Identity()
-        sampler = RowSampler(len(self.dataset), seed, batch_size, rows, first_step, last_step, self.flips)
-        for x, y in batches_of(self.dataset, sampler, workers, pin=device.type == "cuda"):
+        sampler = RowSampler(
+            len(self.dataset), args.seed, args.batch_size, rows, first_step, args.steps, self.flips)
+        for x, y in batches_of(self.dataset, sampler, args.workers, pin=device.type == "cuda"):
             yield encode(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
 
@@ -700,20 +671,19 @@ def claim(out, settings, needed):
     if needed - there > free:
         raise InputError(f"the latents do not fit into {out} ({space}): make space, or have the stages "
                          "encode on the fly (their --data-path)")
-    hold(out / ".lock", "shard_*.safetensors", "latent_stats.safetensors", "*.json", "skipped.txt")
+    lock(out / ".lock")
     if described.exists():
         refuse_other(out, identity(read_about(described)), identity(settings))
     write_json(described, settings)
 
 
 def fault_of(path, origin, digest):
-    """What is wrong with a shard: damaged, or of other images or another encoder than `origin`; or None. A
-    shard of an older version has no origin: it is known by its digest in latents.json."""
+    """What is wrong with a shard: damaged, or of other images or another encoder than `origin`; or None."""
     try:
-        header = read_tensors(path)[1]
+        _, about, digests = read_tensors(path)
     except InputError as error:
         return str(error)
-    if header.get("origin", header.get("sha256")) not in (origin, digest):
+    if digests.get("") != digest and (about or {}).get("origin") != origin:
         return f"{path} is of other images or another encoder"
 
 
@@ -726,7 +696,7 @@ def missing(out, shards, settings):
         path = shard_path(out, k)
         fault = fault_of(path, origin(settings, k), digests.get(path.name, "")) if path.exists() else "absent"
         if fault and path.exists():
-            say(f"{fault}: encoding it again", sys.stderr)
+            say(f"{fault}: encoding it again")
         if fault:
             yield k, rows
 
@@ -754,8 +724,8 @@ def encode_shards(images, encoder, shards, out, settings, batch_size, workers, s
             latents, labels, statistics, enlarged, skipped = zip(*parts, strict=True)
             _, mean, m2 = functools.reduce(merge, statistics)
             tensors = {"latents": torch.cat(latents), "labels": torch.cat(labels), "mean": mean, "m2": m2}
-            notes = json.dumps({"enlarged": sum(enlarged), "skipped": sum(skipped, [])})
-            write_tensors(shard_path(out, k), tensors, {"origin": origin(settings, k), "notes": notes})
+            about = {"origin": origin(settings, k), "enlarged": sum(enlarged), "skipped": sum(skipped, [])}
+            write_tensors(shard_path(out, k), {"": tensors}, about)
             parts = []
         yield len(rows)
 
@@ -765,11 +735,10 @@ def gather(out, count):
     number of images that were enlarged, those that were left out."""
     statistics, shards, enlarged, skipped = [], [], 0, []
     for path in (shard_path(out, k) for k in range(count)):
-        tensors, header = read_tensors(path, check=False)
-        # Older versions kept the notes in a tensor.
-        notes = json.loads(header["notes"] if "notes" in header else bytes(tensors["notes"].tolist()))
+        parts, notes, digests = read_tensors(path, check=False)
+        tensors = parts[""]
         statistics.append((len(tensors["labels"]), tensors["mean"], tensors["m2"]))
-        shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": header["sha256"]})
+        shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": digests[""]})
         enlarged, skipped = enlarged + notes["enlarged"], skipped + notes["skipped"]
     return functools.reduce(merge, statistics), shards, enlarged, skipped
 
@@ -779,11 +748,11 @@ def finish(out, count, settings, shape, images):
     (n, mean, m2), shards, enlarged, skipped = gather(out, count)
     if not n:
         raise InputError(f"no image could be read; the first: {skipped[0]}")
-    digest = write_tensors(out / "latent_stats.safetensors", {"mean": mean, "var": m2 / n})
+    digest = write_tensors(out / "latent_stats.safetensors", {"": {"mean": mean, "var": m2 / n}})[""]
     if skipped:
         folder = f"{printable(images.path)}/"
         lines = "".join(f"{folder}{line.removeprefix(folder)}\n" for line in skipped)
-        write_atomically(out / "skipped.txt", lambda beside: beside.write_text(lines))
+        write_atomically(out / "skipped.txt", lambda file: file.write(lines.encode(errors="surrogateescape")))
     write_json(out / "latents.json", {
         **settings, "shape": shape, "dtype": "float16", "count": n, "classes": images.classes,
         "statistics_sha256": digest, "shards": shards})
@@ -817,19 +786,22 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     cores, pixels = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), number(int, 1, 2 ** 14)
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", default="data/imagenet/train", help="folder of class folders, or a .zip of one")
+    add("--data-path", type=location, default="data/imagenet/train",
+        help="folder of class folders, or a .zip of one")
     add("--image-size", type=pixels, default=256, help="pixels (paper; also 512)")
     add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
     add("--skip-bad", action="store_true", help="list unreadable images in skipped.txt, in place of stopping")
     add = parser.add_argument_group("encoder").add_argument
-    add("--encoder", default=DINOV2, help="folder or Hub id of a Dinov2WithRegistersModel (RAE)")
+    add("--encoder", type=location, default=DINOV2,
+        help="folder or Hub id of a Dinov2WithRegistersModel (RAE)")
     add("--encoder-size", type=pixels, help="pixels that it sees (default: image size * patch / 16; RAE)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, of 8 bits")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=whole(), default=64, help="images per process and pass; changes rounding alone")
     add("--workers", type=whole(0), default=min(8, cores), help="processes per device that decode images")
     add = parser.add_argument_group("files").add_argument
-    add("--out", default="data/latents", help="folder for the latents, on a disk that all processes share")
+    add("--out", type=location, default="data/latents",
+        help="folder for the latents, on a disk that all processes share")
     add("--shard-size", type=whole(), default=4096, help="images per file: 1.6 GB at 256 px")
     add("--verify", action="store_true", help="read the latents in --out back and prove them; nothing else")
     return parser.parse_args(argv)
@@ -838,7 +810,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    device, rank, world = launch(args.precision, hours=24)
+    device, rank, world = launch(hours=24)
     if args.verify:
         return verify(out) if rank == 0 else None
 

@@ -13,7 +13,6 @@ What each number is, and whose numbers it may stand beside: docs/EVALUATION.md.
 """
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -34,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from model import (
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, hold, is_first, launch,
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, is_first, launch, lock,
     number, provenance, read_tensors, say, whole, write_atomically, write_json, write_tensors)
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -262,7 +261,7 @@ def fetch(url, path):
             say(f"fetching {url} ({answer.headers['Content-Length']} bytes) to {path}")
             data = answer.read()
         torch.jit.load(io.BytesIO(data), map_location="cpu")
-    write_atomically(path, lambda beside: beside.write_bytes(data))
+    write_atomically(path, lambda file: file.write(data))
 
 
 def dinov2(source, device):
@@ -381,11 +380,10 @@ def measure(images, network, kept, micro_batch, device, rank=0, world=1):
 
 def open_statistics(path):
     """The statistics that --save-statistics keeps."""
-    tensors, metadata = read_tensors(path)
+    parts, about, _ = read_tensors(path)
     hint = "eval_fid.py --reference IMAGES --save-statistics FILE makes them"
     with complaint(f"{path} has no statistics", hint):
-        about = json.loads(metadata["about"])
-        stored = SimpleNamespace(**{name: tensors[name] for name in STATISTICS}, about=about)
+        stored = SimpleNamespace(**{name: parts[""][name] for name in STATISTICS}, about=about)
         width, = stored.mean.shape
         features, counts = dict(about["features"]), (about.get("count"), about.get("image_size"))
         fits = stored.covariance.shape == (width, width) and stored.features.shape[1:] == (width,)
@@ -448,17 +446,9 @@ def parse_args(argv=None):
     if 0 < args.pr_images <= K:
         parser.error(f"--pr-images {args.pr_images}: 0, or more than {K}")
     kind, _, source = args.features.partition(":")
-    one_size = args.reference.endswith((".npz", ".safetensors"))
     sized = kind == "encoder" and not Path(source, "latents.json").exists()
     if sized and not args.encoder_size:
         parser.error(f"{source} has no latents.json, so it is an encoder: give its --encoder-size PX too")
-    parser.settle(
-        args,
-        ("--inception", kind == "inception", None, "without --features inception"),
-        ("--digest", kind == "inception", None, "without --features inception"),
-        ("--encoder-size", sized, None, "without --features encoder:ENCODER (latents know their own)"),
-        ("--image-size", not one_size, None, "for a reference of one size"),
-        ("--out", args.samples, None, "without samples"))
     if args.samples and not args.out:
         args.out = re.sub(r"\.(npz|zip)$", "", str(Path(args.samples))) + ".metrics.json"
     return args
@@ -539,8 +529,8 @@ def main(argv=None):
     if is_first():
         counts = " and ".join(f"{len(images):,}" for images in sources)
         say(f"{about['name']}: features of {counts} images of {size} px, on {world} x {device.type}")
-        for path in filter(None, (args.out, args.save_statistics)):
-            hold(Path(path).with_name(f".{Path(path).name}.lock"), Path(path).name)
+        for file in filter(None, (args.out, args.save_statistics)):
+            lock(Path(file).with_name(f".{Path(file).name}.lock"))
     barrier()
 
     reference, fake, place = stored, None, (args.micro_batch, device, rank, world)
@@ -556,8 +546,7 @@ def main(argv=None):
         reference.about["moments"] = "mu and sigma of the file"
     if args.save_statistics:
         tensors = {name: getattr(reference, name) for name in STATISTICS}
-        metadata = {"about": json.dumps({**reference.about, "features": about})}
-        write_tensors(args.save_statistics, tensors, metadata)
+        write_tensors(args.save_statistics, {"": tensors}, {**reference.about, "features": about})
         say(f"statistics of {args.reference} are in {args.save_statistics}")
     if fake is None:
         return

@@ -1,4 +1,4 @@
-"""The networks and the mathematics of MF-RAE; below the ruler: processes, flags, files.
+"""The networks and the mathematics of MF-RAE; below the ruler: processes, flags, files, runs.
 
     DiTDH        the backbone: a flow-matching teacher v(z, t, y), or a few-step student h(z, t, y, s)
     ViTDecoder   latents -> images
@@ -15,8 +15,6 @@ Parameters have the names of the published checkpoints. Three of them mislead:
 `r_embedder` embeds the time DIFFERENCE t - s (the published code calls our s "r").
 """
 import argparse
-import errno
-import fnmatch
 import hashlib
 import json
 import math
@@ -24,18 +22,21 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-# Now, not by DDP: later, its defaults would hold the group for ever.
+# Imported before there is a process group, which its default arguments would keep to the interpreter's end.
 import torch.distributed.nn.functional  # noqa: F401
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # ---- Presets: (encoder tower, head); -mini: the sanity run's -
 DIT_PRESETS = {
@@ -214,16 +215,16 @@ class FinalLayer(nn.Module):
 
 
 # ---- The exact derivative along a direction, part by part ----
-class Pair(NamedTuple):
-    """A value and its derivative along a direction."""
+class Dual(NamedTuple):
+    """A value and its derivative along a direction, its tangent."""
 
     value: torch.Tensor
     tangent: torch.Tensor
 
 
 def apply_part(part, *inputs):
-    """part(*inputs). Where inputs are pairs, so is the output: forward-mode differentiation."""
-    places = [i for i, x in enumerate(inputs) if isinstance(x, Pair)]
+    """part(*inputs). Where inputs are Duals, so is the output: forward-mode differentiation."""
+    places = [i for i, x in enumerate(inputs) if isinstance(x, Dual)]
     if not places:
         return part(*inputs)
 
@@ -233,17 +234,17 @@ def apply_part(part, *inputs):
             given[i] = value
         return part(*given)
     values, tangents = zip(*(inputs[i] for i in places), strict=True)
-    return Pair(*torch.func.jvp(of_values, values, tangents))
+    return Dual(*torch.func.jvp(of_values, values, tangents))
 
 
-def pairwise_jvp(function, values, tangents):
+def jvp_by_parts(function, values, tangents):
     """torch.func.jvp of a function that hands its arguments to a DiTDH and returns its answer.
 
     Part by part, so that torch.compile serves all blocks of a tower with one graph."""
     def plain(x):
         # A compiled part wants a value and its tangent to lie alike in memory: no views.
         return x.clone(memory_format=torch.contiguous_format)
-    return function(*(Pair(plain(x), plain(dx)) for x, dx in zip(values, tangents, strict=True)))
+    return function(*(Dual(plain(x), plain(dx)) for x, dx in zip(values, tangents, strict=True)))
 
 
 class DiTDH(nn.Module):
@@ -290,14 +291,17 @@ class DiTDH(nn.Module):
         """z: (B, C, G, G) normalized latents; t, s: (B,) in [0, 1], s <= t;
         y: (B,) int, num_classes: "no label".
 
-        Returns (B, C, G, G): the velocity (teacher) or the mean velocity over [s, t] (student).
-        Given pairs z and t, as by pairwise_jvp, a pair: `run` applies each part to values or to pairs.
+        Returns (B, C, G, G): the velocity (teacher) or the mean velocity over [s, t] (student);
+        of Duals z and t, as jvp_by_parts gives them, a Dual.
         ValueError: a student without s, a teacher with it, arguments in another order."""
         wrong_s = (s is None) != (self.r_embedder is None)
         if wrong_s or y.is_floating_point() or not (s is None or s.is_floating_point()):
             raise ValueError("a teacher takes (z, t, y), a student (z, t, y, s): "
                              "times are floating, labels integers")
-        attention = plain_attention if isinstance(z, Pair) else F.scaled_dot_product_attention
+        attention = plain_attention if isinstance(z, Dual) else F.scaled_dot_product_attention
+        # Without `run`, which applies each part to values or to Duals, compiled or checkpointed:
+        #   e = embed_times(t, s); x = blocks(s_embedder(z) + pos_embed, silu(e + y_embedder(y)))
+        #   q = s_projector(silu(e + x)); return final_layer(head_blocks(x_embedder(z), q), q)
         e_t = self.run(self.embed_times, t, s)
         c = self.run(lambda e_t, y: F.silu(e_t + self.y_embedder(y))[:, None], e_t, y)
         x = self.run(lambda z: self.s_embedder(z) + self.pos_embed, z)
@@ -315,14 +319,14 @@ class DiTDH(nn.Module):
         return self.t_embedder(t) if s is None else self.t_embedder(t) + self.r_embedder(t - s)
 
     def run(self, part, *inputs):
-        """Apply a part of the network, to values or to pairs; only modules are worth compiling."""
+        """Apply a part of the network, to values or to Duals; only modules are worth compiling."""
         apply = self.apply_part if isinstance(part, nn.Module) else apply_part
         if self.checkpoint_activations and torch.is_grad_enabled() and isinstance(part, Block):
             return checkpoint(apply, part, *inputs, use_reentrant=False)
         return apply(part, *inputs)
 
     def compile(self, **options):
-        """Compile blocks and last layer: a tower's blocks share a graph, one for values, one for pairs."""
+        """Compile blocks and last layer: a tower's blocks share a graph, one for values, one for Duals."""
         # A graph for each number of rows, with gradient and without; beyond the limit is an error.
         torch._dynamo.config.recompile_limit = 64
         self.apply_part = torch.compile(apply_part, fullgraph=True, **options)
@@ -437,28 +441,19 @@ def long_jumps(h, z, y, times):
     return z
 
 
-def guided(teacher, scale=1.0, interval=(0.0, 1.0), weak=None):
+def guided(teacher, scale, interval=(0.0, 1.0), weak=None):
     """A function (z, t, y): v_weak + scale (v - v_weak) for t in `interval`, v elsewhere.
 
     v_weak: the weaker teacher `weak` (autoguidance, arXiv 2406.02507),
-    or the teacher without label (CFG, 2207.12598). Intervals: arXiv 2404.07724.
-    CFG does not change a row that has no label.
-    Costs two evaluations; scale 1 returns the teacher.
+    or the teacher without label (CFG, 2207.12598), which does not change a row that has no label.
+    Intervals: arXiv 2404.07724. Costs two evaluations.
     InputError: an empty interval, a weak teacher of other latents or classes."""
-    if scale == 1:
-        if weak:
-            raise InputError("a weak teacher does nothing without --guidance W, W other than 1")
-        return teacher
     if interval[0] > interval[1]:
-        raise InputError(f"--guidance-interval {interval[0]} {interval[1]}: the lower time comes first")
-    if weak and (weak.shape != teacher.shape or weak.num_classes != teacher.num_classes):
+        raise InputError(f"guidance from t = {interval[0]} to {interval[1]}: the lower time comes first")
+    if weak and (weak.shape, weak.num_classes) != (teacher.shape, teacher.num_classes):
         raise InputError(
             f"the weak teacher has latents {weak.shape} and {weak.num_classes} classes, the teacher "
             f"{teacher.shape} and {teacher.num_classes}")
-
-    if not weak and getattr(teacher, "label_dropout", None) == 0:
-        say("warning: the teacher was trained with --label-dropout 0: its answer without a label, which "
-            "--guidance needs, was never trained")
 
     def velocity(z, t, y):
         if weak:
@@ -472,21 +467,21 @@ def guided(teacher, scale=1.0, interval=(0.0, 1.0), weak=None):
     return velocity
 
 
-# ---- Latent statistics: (mean, var), (C, H, W), float64 ------
+# ---- Latent statistics: {"mean", "var"}, (C, H, W), float64 --
 def normalize(z, stats):
     """Raw latents (B, C, H, W) -> the backbone's: (z - mean) / sqrt(var + 1e-5), float32."""
-    mean, var = (x.to(z.device) for x in stats)
-    return (z.float() - mean.float()) / (var + 1e-5).sqrt().float()
+    mean, std = stats["mean"], (stats["var"] + 1e-5).sqrt()
+    return (z.float() - mean.to(z.device).float()) / std.to(z.device).float()
 
 
 def denormalize(z, stats):
     """The inverse of `normalize`: what the decoder takes."""
-    mean, var = (x.to(z.device) for x in stats)
-    return z.float() * (var + 1e-5).sqrt().float() + mean.float()
+    mean, std = stats["mean"], (stats["var"] + 1e-5).sqrt()
+    return z.float() * std.to(z.device).float() + mean.to(z.device).float()
 
 
 # ==============================================================
-# The method ends here. Below: processes, flags and files.
+# The method ends here. Below: processes, flags, files and runs.
 # ==============================================================
 class InputError(Exception):
     """What the user gave is wrong. One line says what is wrong, and what to do."""
@@ -504,73 +499,69 @@ def generator(device, *key):
 def generators(device, rows, *key):
     """One for each block of four rows of a global batch, from rows[0] to rows[1].
 
-    The numbers do not depend on the split into processes and micro-batches,
-    if these hold multiples of four rows."""
+    So the numbers do not depend on the split into processes and micro-batches."""
     return [generator(device, *key, block) for block in range(rows[0] // 4, rows[1] // 4)]
 
 
 # ---- Processes -----------------------------------------------
 def command(main):
-    """Run a script's `main`; what the user can mend: one line on stderr, exit status 2."""
-    status = 0
-    script = Path(sys.argv[0]).name
+    """Run a script's `main`. What is no bug is one line on stderr: status 2, or 130 for Ctrl-C."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")         # the name of a file may be no text
     try:
         main()
-    except SystemExit as end:
-        status = end.code
     except KeyboardInterrupt:
-        say(f"{script}: interrupted: the same command goes on, or starts over, from what is whole",
-            sys.stderr)
-        os._exit(130)
-    except (InputError, RuntimeError) as error:
-        text = str(error).partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            error = f"{text} Smaller --micro-batch or --batch-size, or --checkpoint-activations"
-        elif text.startswith("DataLoader worker"):
-            error = f"{text}, perhaps for want of memory: go on with fewer --workers"
-        elif not isinstance(error, InputError):
+        leave(130, "interrupted: the same command goes on, or starts over")
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        text, hint = " ".join(str(error).split()), ""
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            hint = ": out of memory: smaller --micro-batch, or --checkpoint-activations"
+        elif isinstance(error, dist.DistError) or "gloo" in text:
+            hint = ": another process is lost: see what it said, then repeat the command"
+        elif "compiler found" in text or "find C compiler" in text:
+            hint = ": install one, or leave --compile out"
+        elif not isinstance(error, (InputError, OSError)):
             raise
-        say(f"{script}: error: {error}", sys.stderr)
-        # Not sys.exit: it waits for processes that may never come.
-        os._exit(2)
+        leave(2, f"error: {text[:300] if hint else text}{hint}")
     if dist.is_initialized():
         # Here no frame holds the network. Later, a Gloo thread may abort.
         dist.destroy_process_group()
-    sys.exit(status)
 
 
-def say(text, stream=None):
-    """Print a line at once. A pipe or terminal that is gone ends no run."""
-    name = "stderr" if stream is not None and stream is sys.stderr else "stdout"
-    try:
-        # A file's name may hold what the terminal cannot show.
-        encoding = getattr(sys, name).encoding or "utf-8"
-        text = str(text).encode(encoding, "backslashreplace").decode(encoding)
-        print(text, file=getattr(sys, name), flush=True)
-    except (OSError, ValueError, AttributeError):
-        setattr(sys, name, open(os.devnull, "w"))
+def leave(status, text):
+    """End at once: sys.exit waits for processes that may never come."""
+    with suppress(OSError, ValueError):
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
-def launch(precision="fp32", hours=0.5):
+def say(text):
+    """Print a line, in the first process. A terminal that is gone ends no run."""
+    if is_first():
+        with suppress(OSError, ValueError), tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def launch(hours=0.5):
     """Join torchrun's processes, if any. Returns (device, rank, number of processes).
 
-    hours: how long a process waits for another one.
-    InputError: no GPU for this process, one without bf16, tasks of srun unknown to one another."""
-    variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in variables)
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise InputError(
-            "srun started several tasks that would all do the same work: "
-            "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=GPUS "
-            f"--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 {Path(sys.argv[0]).name} ...")
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    hours: how long one waits for another.
+    InputError: the environment is not torchrun's, or has no GPU for each process."""
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    given = {name: os.environ.get(name, default) for name, default in given.items()}
+    if not all(n.isdecimal() for n in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise InputError(f"the environment has {given}: unset these, or start with torchrun")
+    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if "WORLD_SIZE" not in os.environ and any(os.environ.get(name, "1") != "1" for name in tasks):
+        raise InputError("srun or mpirun started several tasks, all with the same work. Let each node run "
+                         "torchrun --nnodes=N --nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=...")
+    rank, local, world = map(int, given.values())
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise InputError(f"process {local} of this machine has no GPU of its own: "
-                             f"torchrun --nproc_per_node={torch.cuda.device_count()}")
-        torch.cuda.set_device(local)
-        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError("this GPU has no bf16: --precision fp32")
+            raise InputError(f"no GPU for process {local}: --nproc_per_node={torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=hours))
@@ -579,7 +570,7 @@ def launch(precision="fp32", hours=0.5):
 
 def is_first():
     """Whether this process writes, prints and checks for all (rank 0)."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -594,29 +585,21 @@ def barrier():
     all_reduce(torch.zeros(()))
 
 
-def stop_signal():
-    """Catch what asks a run to end: SIGTERM, SIGINT, SIGHUP, SIGUSR1.
+@contextmanager
+def stop_signals():
+    """Within it, SIGTERM, SIGINT, SIGHUP and SIGUSR1 only ask the run to end (Ctrl-\\ ends it at once).
 
-    A second one, from 3 seconds on, ends it at once.
-    Returns a function that all processes call after each step: the signal any has got, or 0."""
-    got = []
-
-    def on_signal(number, frame):
-        if not got:
-            got.extend((number, time.monotonic()))
-            if is_first():
-                say("will save and stop after this step (once more, from 3 seconds on: stop at once)",
-                    sys.stderr)
-        # torchrun and a scheduler may both send the first
-        elif time.monotonic() > got[1] + 3:
-            os._exit(128 + number)
-
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name)
-        # nohup stays nohup
-        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, on_signal)
-    return lambda: int(all_reduce(torch.tensor(got[0] if got else 0), dist.ReduceOp.MAX))
+    Yields a function that all processes call after each step: the signal that any has got, or 0."""
+    got, before = [0], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:    # nohup stays nohup
+                before[number] = signal.signal(number, lambda number, frame: got.append(number))
+    try:
+        yield lambda: int(all_reduce(torch.tensor(got[-1]), dist.ReduceOp.MAX))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def distribute(net, device):
@@ -624,76 +607,46 @@ def distribute(net, device):
     if not dist.is_initialized():
         return net
     devices = [device] if device.type == "cuda" else None
-    parallel = nn.parallel.DistributedDataParallel(
-        net, device_ids=devices, gradient_as_bucket_view=True)
-    # tables that never change
-    parallel.broadcast_buffers = False
+    parallel = nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False            # tables that never change
     return parallel
 
 
-def provenance():
-    """What it takes to make a result again: command, versions, commit if any, host, device, date."""
-    import platform
-    import shlex
-    import subprocess
-    from datetime import datetime, timezone
-    try:
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:                               # no git here
-        commit = ""
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else platform.machine() + " CPU"
-    return {
-        "command": shlex.join(sys.argv),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit or None,
-        "host": platform.node(),
-        "device": device,
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+def micro_batches_of(args, rank, world):
+    """This process's rows of the global batch, as (start, stop) of each micro-batch."""
+    share = args.batch_size // world
+    sizes = [n for n in range(4, min(share, 64) + 1, 4) if share % n == 0]
+    micro = args.micro_batch or max(sizes, default=share)
+    if share * world != args.batch_size or not share or micro % 4 or share % micro:
+        raise InputError(f"--batch-size {args.batch_size} over {world} processes in micro-batches of {micro} "
+                         "rows: it must divide evenly, and a micro-batch be a multiple of 4")
+    return [(row, row + micro) for row in range(rank * share, (rank + 1) * share, micro)]
 
 
 # ---- Flags ---------------------------------------------------
 class ArgumentParser(argparse.ArgumentParser):
     """argparse: defaults in the help, no abbreviations, a mistake in one line (exit status 2)."""
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            hidden = action.default in (None, False)
-            return action.help if hidden else super()._get_help_string(action)
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):       # not "(default: None)"
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=self.Formatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=self.Help)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def settle(self, args, *rows):
-        """Fill in defaults, refuse what would do nothing. rows: (flag, is it used, default, "why not")."""
-        for flag, used, default, why in rows:
-            name = flag.lstrip("-").replace("-", "_")
-            value = getattr(args, name)
-            if value is None or value is False:
-                setattr(args, name, default)
-            elif not used:
-                self.error(f"{flag} does nothing {why}: leave it out")
-
 
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite int or float from `low` (above: beyond it) to `high`."""
-    words = f"{'above' if above else 'at least'} {low}"
-    if high < math.inf:
-        words += f" and at most {high}"
-
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        in_range = (low < value if above else low <= value) and value <= high
-        if not in_range or math.isinf(value):
+        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+            words = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number {words}")
         return value
     return parse
@@ -707,694 +660,512 @@ positive = number(float, 0, above=True)
 fraction = number(float, 0, 1)
 not_negative = number(float, 0)
 
-# What --resume may change.
-FREE = {"steps", "lr", "lr_final", "clip", "precision", "micro_batch", "compile",
-        "checkpoint_activations", "workers", "log_every", "save_every", "keep", "keep_every", "resume"}
-# Paths: a run is known by what lies there, not by where it lies.
-PATHS = {"out", "latents", "data_path", "teacher", "weak_teacher", "init", "stats"}
+
+def location(text):
+    """An argparse type: a path, or a name of the Hub. An empty one is an unset variable's."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return os.path.expanduser(text)
 
 
 def add_run_flags(parser):
-    """Add the flags that all three stages share. Returns the help's groups, by title."""
-    titles = ("data", "method", "optimization", "machine", "files")
-    groups = {name: parser.add_argument_group(name) for name in titles}
-    add = groups["optimization"].add_argument
-    add("--clip", type=not_negative, default=1.0, help="largest norm of the gradient; 0: no clipping (paper)")
-    add("--seed", type=whole(0), default=0, help="of everything random")
-    add = groups["machine"].add_argument
-    default = "bf16" if torch.cuda.is_available() else "fp32"
-    add("--precision", choices=("fp32", "bf16"), default=default,
-        help="bf16: autocast, weights stay float32; bf16 on a GPU, fp32 on a CPU")
-    add("--micro-batch", type=whole(4), metavar="ROWS",
+    """Add the flags that all stages share. Returns what adds to the help's groups data, method, training."""
+    data, method, training, machine, files = (
+        parser.add_argument_group(title).add_argument
+        for title in ("data", "method", "training", "machine", "files"))
+    training("--clip", type=not_negative, default=1.0, help="largest norm of the gradient; 0: any (paper)")
+    training("--seed", type=whole(0), default=0, help="of everything random")
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    machine("--precision", choices=("fp32", "bf16"), default="bf16" if bf16 else "fp32",
+        help="bf16: autocast, weights stay float32; the default where a GPU has it")
+    machine("--micro-batch", type=whole(4), metavar="ROWS",
         help="rows per device and backward pass, a multiple of 4; gradients accumulate "
-        "(default: a device's share in equal parts of at most 64, which XL needs on 80 GB)")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--checkpoint-activations", action="store_true",
+        "(default: equal parts of at most 64, which XL needs on 80 GB)")
+    machine("--compile", action="store_true", help="torch.compile the networks")
+    machine("--checkpoint-activations", action="store_true",
         help="recompute blocks in the backward pass: less memory, one more forward pass")
-    add("--synthetic", type=int, nargs="?", const=256, choices=(256, 512), metavar="PX",
-        help="random data and networks at the real shapes for 256 (or 512) px: "
-        "does it fit, how fast is it? Reads and writes no files")
-    add = groups["files"].add_argument
-    add("--log-every", type=whole(), default=50, metavar="STEPS", help="steps between lines of log.jsonl")
-    add("--save-every", type=whole(), default=5000, metavar="STEPS", help="steps between states")
-    add("--keep", type=whole(), default=2, metavar="STATES", help="newest states kept")
-    add("--keep-every", type=whole(), metavar="STEPS",
+    files("--log-every", type=whole(), default=50, metavar="STEPS", help="steps between lines of log.jsonl")
+    files("--save-every", type=whole(0), default=5000, metavar="STEPS", help="steps between states; 0: none")
+    files("--keep", type=whole(), default=2, metavar="STATES", help="newest states kept")
+    files("--keep-every", type=whole(), metavar="STEPS",
         help="keep the states at multiples of this for good, a multiple of --save-every (default: none)")
-    add("--resume", action="store_true", help="go on from the newest whole state in --out, if there is one")
-    return groups
+    return data, method, training
 
 
-def unused_run_flags(args):
-    """Rows for ArgumentParser.settle: flags of add_run_flags, and of inputs, that would do nothing."""
-    files = "with --synthetic, which reads and writes no files"
-    rows = [(flag, not args.synthetic, None, files) for flag in ("--resume", "--stats", "--data-path")
-            if hasattr(args, flag[2:].replace("-", "_"))]
-    return [("--keep-every", (args.keep_every or 0) >= args.save_every, None, "below --save-every"), *rows]
+def add_guidance_flags(add):
+    add("--guidance", type=not_negative, default=1.0, metavar="W",
+        help="of a teacher: v_weak + W (v - v_weak), v_weak without label or of --weak-teacher (paper: none)")
+    add("--weak-teacher", type=location, help="for autoguidance (default: the teacher without label, CFG)")
 
 
-# ---- Whole files: whole or absent, damage is found -----------
+def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
+    """-> the velocity that these flags ask of `teacher`; the weak teacher's sha256, or None."""
+    if args.guidance == 1:
+        return teacher, None
+    if args.weak_teacher:
+        weak, about_weak = load_network(args.weak_teacher, "teacher")
+        weak.to(teacher.pos_embed.device).requires_grad_(False)
+        return guided(teacher, args.guidance, interval, weak), about_weak["sha256"]
+    if about.get("settings", {}).get("label_dropout") == 0:
+        say("warning: the teacher was trained with --label-dropout 0; guidance needs it without label")
+    return guided(teacher, args.guidance, interval), None
+
+
+# What may change when a run goes on; and paths, since inputs are known by what lies there.
+FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_activations workers log_every "
+           "save_every keep keep_every out latents data_path teacher weak_teacher init stats".split())
+
+
+def refuse_other(where, before, now):
+    """InputError, naming what differs, unless the settings `before`, of `where`, are those of `now`."""
+    other = [f"{name}: {before.get(name)} there, {now.get(name)} now" for name in {**now, **before}
+             if name not in FREE and before.get(name) != now.get(name)]
+    if other:
+        other = "; ".join(other[:4])
+        raise InputError(f"{where} holds other work ({other}): give another --out, or remove it")
+
+
+# ---- Files: whole or absent, damage is found -----------------
 def write_atomically(path, write):
-    """`write(temporary path)`, fsync, rename: `path` holds the old contents or the new, never half."""
+    """`write(file)`, to the disk, rename: `path` holds the old contents or the new, never half.
+
+    A killed writer leaves its half beside it, under one hidden name, which the next one overwrites."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.umask(mask := os.umask(0))
-        # safetensors' own mode shuts other users out.
-        os.chmod(beside, 0o666 & ~mask)
-        with open(beside, "rb+") as file:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise InputError(f"cannot write {path} ({error}): make space, or mend it, and repeat") from error
+    with suppress(OSError):            # the rename, too, where the disk can
         folder = os.open(path.parent, os.O_RDONLY)
-        # the rename itself
-        os.fsync(folder)
-        os.close(folder)
-    except Exception as error:
         try:
-            beside.unlink(missing_ok=True)
-        except OSError:                           # a read-only disk, or a file in the folder's place
-            pass
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            hint = "look at the folder and its free space"
-            if full or "No space left" in str(error):
-                hint = "make space, then go on as after an interruption"
-            raise InputError(f"cannot write {path} ({error}): {hint}") from error
-        raise
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def hold(path, *names):
-    """Lock `path`, a hidden file beside what is written, until the process ends.
-
-    Then remove what a killed process left half-written of the files `names` (patterns).
-    InputError: another process holds it."""
+def lock(path):
+    """Keep others from what the hidden file `path` stands for, until this process ends."""
     import fcntl
     import platform
-    path = Path(path)
-    what = path.parent if path.name == ".lock" else path.with_name(path.name[1:].removesuffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b", buffering=0)
+        file = open(path, "a+")
     except OSError as error:
         raise InputError(f"cannot write to {path.parent} ({error}): give another --out") from error
+    LOCKS.append(file)                            # closing it would give the lock away
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise InputError(f"{path.parent} is written by another process ({file.read()}): wait for it, or "
+                         "end it, or give another --out") from error
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            raise InputError(f"{what} is being written by another process ({file.read().decode().strip()}): "
-                             "wait for it or end it, or give another --out") from error
-        say(f"warning: no locks on this disk ({error}): start nothing twice for {what}", sys.stderr)
-    else:
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-        except OSError:                           # a full disk: locked all the same
-            pass
-    # Closing it, or any other open file of this name in this process, gives the lock away.
-    HELD.append(file)
-    for left in path.parent.glob(".*.tmp"):
-        name = re.fullmatch(r"\.(.+)\.\d+\.tmp", left.name)
-        if name and any(fnmatch.fnmatchcase(name[1], pattern) for pattern in names):
-            try:
-                left.unlink(missing_ok=True)
-            except OSError as error:
-                say(f"warning: {left} cannot be removed ({error.strerror})", sys.stderr)
+        say(f"warning: no locks on this disk ({error}): start nothing twice in {path.parent}")
+    with suppress(OSError):                       # of a full disk
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
 
 
-HELD = []
+LOCKS = []
 
 
-def refuse_other(where, before, settings):
-    """InputError, naming what differs, unless `before`, the settings of `where`, are these."""
-    other = [f"{name}: {before.get(name)} there, {value} now" for name, value in settings.items()
-             if before.get(name) != value]
-    if other:
-        raise InputError(f"{where} holds other work ({'; '.join(other)}): give another --out, or remove it")
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
-def write_json(path, content, digest=True):
-    """A dict as JSON, atomically; digest: with the digest of its text as the last entry.
-
-    Without, for what people or other programs write."""
-    if digest:
-        text = json.dumps(content, indent=1)
-        content = {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def read_json(path, digest=True):
-    """The dict of `write_json`, or of another's file.
-
-    InputError: missing, no dict, or (digest) not what was written."""
+def read_json(path):
+    """A dict. InputError: missing, cut short, or something else."""
     try:
-        content = json.loads(Path(path).read_text())
-        found = content.pop("sha256", None)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"cannot read {path} ({error}): it is missing, cut short or no JSON object") from error
-    if digest and found:
-        text = json.dumps(content, indent=1)
-        if found != hashlib.sha256(text.encode()).hexdigest():
-            raise InputError(f"{path} has changed since it was written: restore it, "
-                             "or remove its entry sha256 if that is meant")
-    return content
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"cannot read {path} ({error}): restore it") from error
 
 
-def digest_of(tensors, metadata=None):
-    """sha256 over names, types, shapes, contents and the header's other entries."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() if metadata else b"")
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+def bytes_of(tensor):
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def digest_of(tensors):
+    """sha256 over names, types, shapes and contents of {name: tensor}."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(bytes_of(x))
     return digest.hexdigest()
 
 
-def digest_of_text(*parts):
-    """sha256 of what JSON can hold, whatever the order of its dicts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+TYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.float16: "F16",
+         torch.uint8: "U8"}
 
 
-def write_tensors(path, tensors, metadata=None):
-    """Write a safetensors file, atomically, its digest in the header; returns the digest."""
-    from safetensors.torch import save_file
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    digest = digest_of(tensors, metadata)
-    header = {**(metadata or {}), "sha256": digest}
-    write_atomically(path, lambda beside: save_file(tensors, beside, header))
-    return digest
+def write_tensors(path, parts, about=None):
+    """Write {part: {name: tensor}} as safetensors, named PART/NAME (of part "": NAME).
+
+    The header holds `about` (JSON), and a sha256 of each part; these are returned.
+    Not by that library: its writer, when killed, leaves all its gigabytes under a random name."""
+    digests = {part: digest_of(tensors) for part, tensors in parts.items()}
+    named = [(f"{part}/{name}".lstrip("/"), x) for part in parts for name, x in parts[part].items()]
+    named.sort(key=lambda item: -item[1].itemsize)            # so that each lies aligned
+    metadata = {"format": "pt", "about": json.dumps(about), "sha256": json.dumps(digests)}
+    header, end = {"__metadata__": metadata}, 0
+    for name, x in named:
+        offsets = [end, end := end + x.nbytes]
+        header[name] = {"dtype": TYPES[x.dtype], "shape": [*x.shape], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, x in named:
+            file.write(bytes_of(x))
+    write_atomically(path, write)
+    return digests
 
 
-def read_tensors(path, check=True):
-    """-> (tensors on the CPU, the header's entries).
+def read_tensors(path, only=None, check=True):
+    """-> {part: {name: tensor}}, as maps of the file; about, or None; {part: sha256}.
 
-    InputError: missing, cut, or not what its own digest says. Files of others have no digest.
-    check=False: without reading the contents; the tensors are maps of the file."""
+    only: these parts. check: compare them with the digests, in the first process; others' files have none.
+    InputError: missing, cut short, or damaged."""
     from safetensors import SafetensorError, safe_open
+    parts = {}
     try:
-        with safe_open(path, "pt", device="cpu") as file:
+        with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot read {path} ({error}): it is missing, cut short or no safetensors file") from error
-    others = {name: value for name, value in header.items() if name != "sha256"}
-    if check and "sha256" in header and digest_of(tensors, others) != header["sha256"]:
-        raise InputError(
-            f"{path} is damaged: its contents are not those that were written; restore or remake it")
-    return tensors, header
+            about, digests = json.loads(header.get("about", "null")), json.loads(header.get("sha256", "{}"))
+            for name in file.keys():
+                part, _, rest = name.rpartition("/")
+                if only is None or part in only:
+                    parts.setdefault(part, {})[rest] = file.get_tensor(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot read {path} ({error}): missing, cut short or no safetensors") from error
+    for part in parts if check and is_first() else ():
+        if part in digests and digest_of(parts[part]) != digests[part]:
+            raise InputError(f"{path} is damaged: it does not hold what was written; restore or remake it")
+    return parts, about, digests
 
 
 # ---- Networks in files ---------------------------------------
-def save_network(folder, state, config, stats):
-    """A folder to sample from: latent_stats.safetensors, config.json, model.safetensors (last).
-
-    config: {"kind": "teacher" | "student" | "decoder", "network": the constructor's arguments, ...},
-    which may be edited by hand; stats: (mean, var)."""
-    folder = Path(folder)
-    write_tensors(folder / "latent_stats.safetensors", {"mean": stats[0], "var": stats[1]})
-    write_json(folder / "config.json", config, digest=False)
-    write_tensors(folder / "model.safetensors", state)
-
-
 def find(source):
-    """A local path, or `organization/repository[/path/inside]` on the Hugging Face Hub or in its cache."""
+    """The file of a network: itself; of a folder the newest state, or model.safetensors; or the Hub's.
+
+    There, or in its cache: ORGANIZATION/REPOSITORY/FILE, or .../FOLDER for the model.safetensors in it."""
     path, parts = Path(source), str(source).split("/")
+    if path.is_dir():
+        return next(iter(states_of(path).values()), path / "model.safetensors")
     if path.exists():
         return path
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or parts[0] == "runs":
+    if len(parts) < 2 or parts[0] in ("", ".", "..", "runs"):
         made = str(source) in ("runs/teacher", "runs/cmt", "runs/meanflow")
-        how = f": python train_{parts[1]}.py makes it" if made else ""
-        raise InputError(f"{source} does not exist{how}")
-    from huggingface_hub import HfApi, hf_hub_download, logging, snapshot_download
-    logging.set_verbosity_error()                 # the one line below says it all
-    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
-
-    def fetch(**how):
-        if path.suffix in (".pt", ".safetensors"):
-            return Path(hf_hub_download(repository, inside, **how))
-        patterns = [f"{inside}/*"] if inside else ["*.json", "*.safetensors"]
-        return Path(snapshot_download(repository, allow_patterns=patterns, **how)) / inside
-    try:
-        cached = fetch(local_files_only=True)
-        if any(cached.glob("*.safetensors")) or cached.is_file():
-            return cached
-    except Exception:                             # not in the cache, or not whole there
-        pass
+        raise InputError(f"{source} does not exist" + f": python train_{parts[-1]}.py makes it" * made)
+    from huggingface_hub import hf_hub_download
+    if path.suffix not in (".pt", ".safetensors"):
+        parts.append("model.safetensors")
     say(f"{source} is not here: asking the Hugging Face Hub")
     try:
-        HfApi().repo_info(repository, timeout=30)
-        return fetch()
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:                    # offline, absent, forbidden, ...: a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{source} is neither here nor could it be had from the Hub ({reason})") from error
+        raise InputError(f"{source} is neither here nor could it be had from the Hub ({error})") from error
 
 
-def read_plain(path):
-    """-> (what a .safetensors or .pt file holds, its digest or None). Never unpickles objects."""
+def read_parts(source):
+    """-> {part: {name: tensor}}, about, {part: sha256} of a network or statistics, ours or published."""
+    path = find(source)
     if path.suffix == ".safetensors":
-        # once for all processes
-        tensors, header = read_tensors(path, check=is_first())
-        return tensors, header.get("sha256")
+        return read_tensors(path, ("ema", "stats", ""))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), None
-    except Exception as error:                    # cut files and refused pickles raise half a dozen types
-        hint = "it is cut short, or no .pt file"
-        if "weights_only" in str(error):
-            hint = ("it holds objects that could run code. Where you trust it, save its tensors alone: "
-                    f"torch.save(torch.load({path.name!r}, weights_only=False)['ema'], 'weights.pt')")
-        raise InputError(f"cannot read {path} ({type(error).__name__}): {hint}") from error
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = dict(content.get("ema", content.get("model", content)))
+    except Exception as error:                    # half a dozen kinds
+        raise InputError(f"cannot read {path} ({type(error).__name__}): cut short, no .pt file, or with "
+                         "objects in it that could run code: save its tensors alone") from error
+    return {"": {name: x for name, x in weights.items() if name != "step"}}, None, {}
 
 
-# What DDP, torch.compile and other trainers put before every name.
-PREFIXES = ("module.", "_orig_mod.", "decoder.", "model.", "net.")
+def load(source, network, sizes, new=()):
+    """-> network(**sizes(state, about)) with the weights of `source`, the average where there are two; about.
 
-
-def read_state(path):
-    """-> (state dict, its digest) of a .safetensors file, or of a .pt, bare or under "ema" or "model".
-
-    A prefix that all names share is taken off."""
-    state, digest = read_plain(path)
-    if isinstance(state, dict):
-        state = state.get("ema", state.get("model", state))
-    state = dict(state) if isinstance(state, dict) else {}
-    state.pop("step", None)
-    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise InputError(f"{path} holds no state dict (name -> tensor), "
-                         "neither bare nor under 'ema' or 'model'")
-    taken = ""
-    while shared := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)]:
-        state = {name.removeprefix(shared[0]): tensor for name, tensor in state.items()}
-        taken += shared[0]
-    if taken:
-        say(f"{path}: the prefix {taken} of all names is taken off")
-    return state, digest or (digest_of(state) if is_first() else "")
-
-
-def load_strictly(net, state, new=""):
-    """Copy every tensor of `state` into `net`.
-
-    InputError lists what is missing, unexpected or misshapen.
-    new: prefix of tensors that may be absent or of another shape and stay as initialized (printed)."""
-    own = net.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    fresh = [name for name in own if new and name.startswith(new) and shapes.get(name) != wanted[name]]
-    known = shapes | dict.fromkeys(fresh)
-    wrong = [f"{name} is missing {shape}" for name, shape in wanted.items() if name not in known]
-    wrong += [f"{name} is unexpected {shape}" for name, shape in shapes.items() if name not in own]
-    wrong += [f"{name} is {shape}, wanted {wanted[name]}" for name, shape in shapes.items()
-              if name in own and name not in fresh and shape != wanted[name]]
-    if wrong:
-        more = "; ..." if wrong[12:] else ""
-        raise InputError(f"the weights do not fit, {len(wrong)} tensors: " + "; ".join(wrong[:12]) + more)
-    for name in own:
-        # A later RAE release trains its position tables: they come from the file too.
-        table = name.endswith(("pos_embed", "freqs_cos", "freqs_sin"))
-        if table and (state[name].float() - own[name]).abs().max() > 1e-4:
-            say(f"note: {name} differs from the computed table; the file's is used")
+    Prefixes that all names share, as of DDP or torch.compile, are taken off.
+    new: prefixes of names that the file may lack; their tensors stay as initialized, which is said.
+    InputError says what does not fit."""
+    parts, about, digests = read_parts(source)
+    part = "ema" if "ema" in parts else ""
+    state = dict(parts.get(part, {}))
+    while len({name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
+        state = {name.partition(".")[2]: x for name, x in state.items()}
+    try:
+        sha256 = digests.get(part) or digest_of(state)
+        about = {**(about or {}), "stats": parts.get("stats"), "sha256": sha256}
+        net = network(**sizes(state, about))
+        own = net.state_dict()
+        fresh = {name: x for name, x in own.items() if name not in state and name.startswith(tuple(new))}
+        for name in own.keys() & state.keys():
+            # A later RAE release trains its position tables: they come from the file too.
+            table = name.endswith(("pos_embed", "freqs_cos", "freqs_sin"))
+            if table and (state[name].float() - own[name]).abs().max() > 1e-4:
+                say(f"note: {name} differs from the computed table; the file's is used")
+        net.load_state_dict({**state, **fresh})
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason, names = " ".join(str(error).split())[:1000], ", ".join(list(state)[:3])
+        raise InputError(f"{source} is no {network.__name__} of a known size: {reason}; its first names are "
+                         f"{names}") from error
     if fresh:
-        say(f"starts anew, as the file has none: {', '.join(fresh)}")
-    net.load_state_dict({name: own[name] if name in fresh else state[name] for name in own})
+        say(f"starts anew, as {source} has none: {', '.join(fresh)}")
+    return net, about
 
 
-def settings_in(path):
-    """The settings that a .json of ours records; {} where there is none."""
-    settings = read_json(path).get("settings") if path.exists() else None
-    return settings if isinstance(settings, dict) else {}
+def load_network(source, kind=None, num_classes=None):
+    """A teacher or a student: a run's folder or state, a published .pt or .safetensors, or the Hub.
 
-
-def network_of(config):
-    """The constructor's arguments in a config.json; {} if there are none. InputError: they are no dict."""
-    arguments = config.get("network", {})
-    if not isinstance(arguments, dict):
-        raise InputError(f"config.json has network {arguments!r}, where it needs names and sizes: restore it")
-    return arguments
-
-
-def build(network, arguments, found):
-    """network(**arguments) of a config.json.
-
-    InputError: these are no arguments, or not the sizes `found` in the tensors;
-    a wrong number allocates nothing."""
-    try:
-        for name, value in found.items():
-            given = arguments[name]
-            if (tuple(given) if isinstance(value, tuple) else given) != value:
-                raise ValueError(f"{name} {given}, its weights say {value}")
-        return network(**arguments)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(
-            f"config.json describes no {network.__name__} of these weights ({error}): restore it") from error
-
-
-def dit_arguments(state, depth=None):
-    """The arguments of DiTDH, read off its tensors' shapes.
-
-    depth: of each tower; read only where both have one width (default: two in the head)."""
-    try:
+    kind: "teacher"; "student", which a teacher's weights may start, with a new embedding of t - s; or None.
+    num_classes: of a new label table.
+    Returns (net on the CPU, about): "kind", "time_shift", "classes" (names, or None), "stats" ({"mean",
+    "var"}, or None), "sha256" (what it is, wherever it lies), and what else the file says."""
+    def sizes(state, about):
+        is_student = "r_embedder.W" in state
+        if kind == "teacher" and is_student:
+            raise InputError(f"{source} is a student, a teacher is needed here")
         width, channels = state["s_embedder.proj.weight"].shape[:2]
-        head_width = state["x_embedder.proj.weight"].shape[0]
+        head_width = len(state["x_embedder.proj.weight"])
         norms = [name for name in state if name.startswith("blocks.") and name.endswith(".norm1.weight")]
-        widths = [state[name].shape[0] for name in norms]
-        head_depth = widths.count(head_width) if width != head_width else depth[1] if depth else 2
+        # Of towers of one width, shapes do not tell which blocks are the head's.
+        head = sum(len(state[name]) == head_width for name in norms)
+        head = about.get("head_depth", 2) if width == head_width else head
         towers = (width, "enc"), (head_width, "dec")
+        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        if num_classes:
+            del state["y_embedder.embedding_table.weight"]
         return dict(
             input_size=math.isqrt(state["pos_embed"].shape[1]),
             in_channels=channels,
             hidden_size=(width, head_width),
-            depth=(len(widths) - head_depth, head_depth),
+            depth=(len(norms) - head, head),
             num_heads=tuple(w // state[f"{tower}_feat_rope.freqs_cos"].shape[1] for w, tower in towers),
-            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1)
-    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"not a DiT-DH: {error} is missing or misshapen; the first names are "
-                         f"{', '.join(list(state)[:3])}") from error
-
-
-def load_network(source, kind=None, new="", num_classes=None, weights=True):
-    """A teacher or student from a folder of ours, a published .pt or .safetensors, or the Hub.
-
-    kind: "teacher", "student", or None for either.
-    new: see `load_strictly`. "r_embedder." lets a teacher's weights start a student,
-    "y_embedder." together with num_classes an own label table.
-    weights=False: a run's network as it is made, of the sizes in its newest state.
-    Returns (net on the CPU, config, stats or None); net.digest: of what it is, wherever it lies."""
-    path, config, stats, state, digest = find(source), {}, None, {}, ""
-    if path.is_dir():
-        config = read_json(path / "config.json", digest=False)
-        stats = load_stats(path / "latent_stats.safetensors")
-        path = path / "model.safetensors"
-    if weights:
-        state, digest = read_state(path)
-    else:
-        state = network_in_state(path.parent)
-    found = config.get("kind") or ("student" if "r_embedder.W" in state else "teacher")
-    kind = kind or found
-    if found not in ("teacher", "student"):
-        raise InputError(f"{source} is a {found}, a teacher or a student is needed here")
-    if found != kind and not (found == "teacher" and new == "r_embedder."):
-        maker = ": python train_cmt.py makes one from it" if found == "teacher" else ""
-        raise InputError(f"{source} is a {found}, a {kind} is needed here{maker}")
-    arguments = network_of(config)
-    sizes = dit_arguments(state, arguments.get("depth"))
-    arguments = {**(arguments or sizes), "time_difference": kind == "student"}
-    if num_classes:
-        arguments["num_classes"] = sizes["num_classes"] = num_classes
-        kept = [name for name in state if not name.startswith("y_embedder.")]
-        state = {name: state[name] for name in kept}
-    net = build(DiTDH, arguments, sizes)
-    if weights:
-        load_strictly(net, state, new)
-    config = {"time_shift": default_time_shift(net.shape), **config, "kind": kind, "network": arguments}
-    shift = config["time_shift"]
-    if not isinstance(shift, (int, float)) or not 0 < shift < 1e6:
-        raise InputError(f"{source}: time_shift in config.json is {shift}, it must be a number above 0")
-    net.digest = digest_of_text(digest, kind, arguments, shift)
-    try:
-        net.label_dropout = settings_in(path.parent / "run.json").get("label_dropout")
-    except InputError:                            # the network does not need it
-        net.label_dropout = None
-    return net, config, stats
+            num_classes=num_classes or classes,
+            time_difference=is_student or kind == "student")
+    new = ["r_embedder."] * (kind == "student") + ["y_embedder."] * bool(num_classes)
+    net, about = load(source, DiTDH, sizes, new)
+    found = "teacher" if net.r_embedder is None else "student"
+    return net, {"time_shift": default_time_shift(net.shape), "classes": None, **about, "kind": found}
 
 
 def load_decoder(source):
-    """A ViTDecoder from a folder of ours, a published .pt, diffusers' `AutoencoderRAE`, or the Hub.
-
-    Returns (decoder on the CPU, stats or None); decoder.digest: of what it is, wherever it lies."""
-    path, config, stats = find(source), {}, None
-    if path.is_dir():
-        config = read_json(path / "config.json", digest=False)
-        if config.get("_class_name") == "AutoencoderRAE":
-            return decoder_from_diffusers(*read_state(path / "diffusion_pytorch_model.safetensors"), config)
-        if config.get("kind") != "decoder":
-            raise InputError(f"{source} is a {config.get('kind')}, not a decoder")
-        stats = load_stats(path / "latent_stats.safetensors")
-        path = path / "model.safetensors"
-    state, digest = read_state(path)
-    found = decoder_arguments(state, network_of(config).get("num_heads"))
-    decoder = build(ViTDecoder, network_of(config) or found, found)
-    load_strictly(decoder, state)
-    decoder.digest = digest_of_text(digest, found)
-    return decoder, stats
-
-
-def decoder_arguments(state, num_heads=None):
-    """The arguments of ViTDecoder, read off its tensors.
-
-    Its heads, which these do not tell: `num_heads`, or the preset's of this width."""
-    try:
+    """A ViTDecoder, likewise. Returns (decoder on the CPU, about): "stats", "sha256", ..."""
+    def sizes(state, about):
         width, channels = state["decoder_embed.weight"].shape
-        presets = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DECODER_PRESETS.values()}
+        presets = {preset["hidden_size"]: preset["num_heads"] for preset in DECODER_PRESETS.values()}
         return dict(
             input_size=math.isqrt(state["decoder_pos_embed"].shape[1] - 1),
             in_channels=channels,
             hidden_size=width,
-            num_heads=num_heads or presets[width],
+            num_heads=about.get("num_heads") or presets[width],
             depth=sum(name.endswith(".layernorm_before.weight") for name in state),
             mlp_size=len(state["decoder_layers.0.intermediate.dense.bias"]),
             patch_size=math.isqrt(len(state["decoder_pred.bias"]) // 3))
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"not a decoder of a size in DECODER_PRESETS: {error} is missing or misshapen; "
-                         f"the first names are {', '.join(list(state)[:3])}") from error
+    return load(source, ViTDecoder, sizes)
 
 
-DIFFUSERS_NAMES = (
-    ("attention.attention.query", "attention.to_q"),
-    ("attention.attention.key", "attention.to_k"),
-    ("attention.attention.value", "attention.to_v"),
-    ("attention.output.dense", "attention.to_out.0"))
-
-
-def decoder_from_diffusers(tensors, digest, config):
-    """(decoder, stats or None) of an `AutoencoderRAE` folder, which stores sqrt(var + 1e-5)."""
-    prefix = "decoder."
-    state = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    for ours, theirs in DIFFUSERS_NAMES:
-        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
-    try:
-        width = config["decoder_hidden_size"]
-        arguments = dict(
-            depth=config["decoder_num_hidden_layers"],
-            input_size=config["encoder_input_size"] // config["encoder_patch_size"],
-            in_channels=config["encoder_hidden_size"],
-            hidden_size=width,
-            num_heads=config["decoder_num_attention_heads"],
-            mlp_size=config["decoder_intermediate_size"],
-            patch_size=config["patch_size"])
-        if not all(isinstance(size, int) and 0 < size < 1e5 for size in arguments.values()):
-            raise KeyError("sizes of a decoder")
-        # The table is not always stored.
-        tokens = arguments["input_size"] ** 2 + 1
-        state = {"decoder_pos_embed": torch.empty(1, tokens, width, device="meta")} | state
-        decoder = build(ViTDecoder, arguments, decoder_arguments(state, arguments["num_heads"]))
-        if state["decoder_pos_embed"].is_meta:
-            state["decoder_pos_embed"] = decoder.decoder_pos_embed.detach()
-        mean, std = (tensors[name].double() for name in ("_latents_mean", "_latents_std"))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"this AutoencoderRAE folder lacks {error}") from error
-    load_strictly(decoder, state)
-    decoder.digest = digest_of_text(digest, arguments)
-    stats = None
-    if std.numel() != 1:
-        stats = mean.expand(decoder.shape).clone(), std.square() - 1e-5
-    return decoder, stats
+def check_fit(name, net, other, shape, num_classes):
+    if (net.shape, net.num_classes) != (tuple(shape), num_classes):
+        raise InputError(f"{name} is for latents {net.shape} of {net.num_classes} classes, {other} for "
+                         f"{tuple(shape)} of {num_classes}")
 
 
 def load_stats(source, shape=None):
-    """(mean, var), float64, each (C, H, W), which is `shape` where given.
+    """{"mean", "var"}, float64, each (C, H, W), which is `shape` where given.
 
-    source: a latent_stats.safetensors, a folder that holds one, or a published stat.pt.
+    source: a folder of latents, a run, a latent_stats.safetensors, or a published stat.pt.
     A mean of None stands for 0: the published networks were trained so."""
-    path = find(source)
-    path = path / "latent_stats.safetensors" if path.is_dir() else path
-    tensors, _ = read_plain(path)
-    if not isinstance(tensors, dict) or not isinstance(tensors.get("var"), torch.Tensor):
-        raise InputError(f"{path} holds no latent statistics (mean, var)")
-    var = tensors["var"].double()
-    mean = tensors.get("mean")
-    mean = torch.zeros_like(var) if mean is None else mean.double()
+    path = Path(source, "latent_stats.safetensors")
+    parts, *_ = read_parts(path if path.exists() else source)
+    found = parts.get("stats", parts.get("", {}))
+    if not isinstance(found.get("var"), torch.Tensor):
+        raise InputError(f"{source} holds no latent statistics (mean, var)")
+    var, mean = found["var"].double(), found.get("mean")
+    stats = {"mean": torch.zeros_like(var) if mean is None else mean.double(), "var": var}
     shape = tuple(shape or var.shape)
-    for part in (mean, var):
-        if tuple(part.shape) != shape:
-            raise InputError(f"{path} holds statistics {tuple(part.shape)}, needed are {shape}: "
-                             "of another encoder or size of images?")
-    if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
-        raise InputError(
-            f"{path} holds statistics that are not finite, or a variance below 0: restore or remake it")
-    return mean, var
+    if any(tuple(x.shape) != shape or not x.isfinite().all() for x in stats.values()) or var.min() < 0:
+        raise InputError(f"{source} holds statistics {tuple(var.shape)}, needed are {shape}, finite and "
+                         "no variance below 0: of another encoder or size of images, or damaged?")
+    return stats
 
 
-# ---- Runs: a folder with one network in training -------------
-def begin_run(out, args, defaults, stats, **inputs):
-    """Make `out` this run's folder, or see that it is: lock, compare, write run.json.
-
-    defaults: the flags when not given. stats, inputs: what the run reads, with a `digest`, or None.
-    Returns the run's identity: of settings and inputs, not of paths.
-    out None: no files (--synthetic)."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE | PATHS}
-    contents = {"stats": digest_of(dict(zip(("mean", "var"), stats, strict=True)))}
-    contents |= {name: getattr(thing, "digest", None) for name, thing in inputs.items()}
-    contents = {f"sha256 of {name}": digest for name, digest in contents.items()}
-    run = digest_of_text(settings, contents)
-    if out is None or not is_first():
-        return run
-    hold(out / ".lock", "run.json", "log.jsonl", "config.json", "*.safetensors")
-    if (out / "config.json").exists() or states_of(out):
-        before = read_json(out / "run.json") if (out / "run.json").exists() else {"settings": {}}
-        if not isinstance(before.get("settings"), dict):
-            raise InputError(f"{out / 'run.json'} has no settings: restore it, or give another --out")
-        # What an older version did not record counts as its default, or as these inputs.
-        refuse_other(out, vars(defaults) | contents | before["settings"], settings | contents)
-        if not args.resume:
-            raise InputError(f"{out} holds this very run: --resume goes on with it; or give another --out")
-        run = before.get("run", run)
-    write_json(out / "run.json", {"settings": vars(args) | contents, "run": run, **provenance()})
-    return run
-
-
-def append_line(path, text):
-    """Append a line to a log. A full disk costs the line, not the run. path None: no file."""
-    if path is None:
-        return
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        say(f"warning: a line of {path} is lost ({error})", sys.stderr)
-        try:
-            os.truncate(path, size)
-        except OSError:
-            pass
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")               # of AdamW
-
-
+# ---- Runs: a folder with states of one network in training ---
 def states_of(out):
     """{step: path} of the states in a run's folder, newest first."""
-    paths = Path(out).glob("state_*")
-    found = ((re.fullmatch(r"state_(\d{8,18})\.safetensors", path.name), path) for path in paths)
-    states = ((int(name[1]), path) for name, path in found if name)
-    return dict(sorted(states, reverse=True))
-
-
-def resumes(args):
-    """Whether --resume finds a network and a state in --out: then --init is not needed any more."""
-    return args.resume and is_described(Path(args.out)) and bool(states_of(args.out))
-
-
-def is_described(folder):
-    return (folder / "config.json").exists() and (folder / "latent_stats.safetensors").exists()
-
-
-def network_in_state(folder):
-    """{name: tensor} of the network in a folder's newest readable state, as maps of the file."""
-    for path in states_of(folder).values():
-        try:
-            tensors, _ = read_tensors(path, check=False)
-        except InputError:
-            continue
-        return {name[4:]: tensors[name] for name in tensors if name.startswith("net/")}
-    return {}
+    exact = re.compile(r"state_\d{8,18}\.safetensors").fullmatch
+    paths = [path for path in Path(out).glob("state_*") if exact(path.name)]
+    return dict(sorted(((int(path.stem[6:]), path) for path in paths), reverse=True))
 
 
 def contents(net, average, optimizer):
-    """{name: tensor} of all that a state holds: the tensors themselves, which can be copied into."""
-    tensors = {f"net/{name}": tensor for name, tensor in net.state_dict().items()}
-    for (name, p), mean in zip(net.named_parameters(), average.parameters(), strict=True):
-        if p.requires_grad:
-            tensors[f"average/{name}"] = mean
-            tensors |= {f"{moment}/{name}": optimizer.state[p][moment] for moment in MOMENTS}
-    return tensors
+    """{part: {name: tensor}} of all that is trained: the tensors themselves, which can be copied into."""
+    parts = {"ema": average.state_dict(), "net": net.state_dict()}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        parts[f"optimizer/{moment}"] = {
+            name: optimizer.state[p][moment] for name, p in net.named_parameters() if p in optimizer.state}
+    return parts
 
 
-def save_state(out, run, step, seconds, net, average, optimizer, config, stats, keep, keep_every):
-    """What --resume goes on from (network, average, optimizer, step), then the folder to sample from.
+def save_state(about, step, seconds, net, average, optimizer):
+    """Write a state: what the same command goes on from, and a network, the average.
 
-    The folder's weights are the average. InputError: weights are not finite."""
+    about: see begin_run. InputError: weights are not finite."""
     norms = torch._foreach_norm([*net.parameters(), *average.parameters()])
     if not torch.stack(norms).isfinite().all():
-        raise InputError(f"weights are not finite at step {step}; not saved: "
-                         "try a lower --lr or --clip, or --precision fp32")
+        raise InputError(f"weights are not finite at step {step}; not saved: try a lower --lr or --clip, or "
+                         "--precision fp32")
     if is_first():
-        whole = average.state_dict()
-        header = {"step": str(step), "seconds": str(seconds), "run": run, "model": digest_of(whole)}
-        write_tensors(out / f"state_{step:08d}.safetensors", contents(net, average, optimizer), header)
-        save_network(out, whole, config, stats)
-        prune(out, keep, keep_every)
+        text = {name: x for name, x in about.items() if name != "stats"} | {"step": step, "seconds": seconds}
+        parts = {**contents(net, average, optimizer), "stats": about["stats"]}
+        write_tensors(Path(about["settings"]["out"], f"state_{step:08d}.safetensors"), parts, text)
+        prune(about["settings"])
     # torchrun ends all processes when one ends: this one has saved.
     barrier()
 
 
-def prune(out, keep, keep_every):
-    """Remove all states but the newest `keep` and those at multiples of `keep_every`."""
-    for old, path in list(states_of(out).items())[keep:]:
-        if not keep_every or old % keep_every:
+def prune(settings):
+    """Remove all states but the newest --keep and those at multiples of --keep-every."""
+    for step, path in list(states_of(settings["out"]).items())[settings["keep"]:]:
+        if not settings["keep_every"] or step % settings["keep_every"]:
             try:
                 path.unlink()
             except OSError as error:
-                say(f"warning: {path} cannot be removed ({error.strerror})", sys.stderr)
+                say(f"warning: an old state stays: {error}")
 
 
-def load_newest_state(out, run, net, average, optimizer, config, stats, keep, keep_every):
-    """Go on from the newest whole state of `out`, if any: networks and optimizer, in place.
+def begin_run(about, net, average, optimizer):
+    """Make --out this run's folder; where it has states, go on from the newest, in place.
 
-    Then see that the folder is as save_state leaves it at that step, and that the log ends there.
-    Returns (step, seconds of training so far). InputError: no state is whole, or one of another run."""
-    step, states = 0, states_of(out) if out else {}
-    for step, path in states.items() if is_first() else ():
-        try:
-            tensors, header = read_tensors(path)
-        except InputError as error:
-            say(f"{error}; set aside, trying the state before it", sys.stderr)
-            path.rename(f"{path}.damaged")
-            continue
-        if header.get("run", run) != run or header.get("step") != str(step):
-            raise InputError(f"{path} is not a state of this run: move it away")
-        break
-    else:
-        if states and is_first():
-            raise InputError(f"no state in {out} is whole: remove the folder and start again")
-    step = int(all_reduce(torch.tensor(step if is_first() else 0), dist.ReduceOp.MAX))
-    if out and is_first() and (out / "log.jsonl").exists():
-        log = (out / "log.jsonl").read_text(errors="replace")
-        lines = re.findall(r'^({"step": (\d{1,18})\b.*}\n)', log, re.M)
-        kept = "".join(line for line, at in lines if int(at) <= step)
-        write_atomically(out / "log.jsonl", lambda beside: beside.write_text(kept))
-    if not step:
-        return 0, 0.0
-    if not is_first():
-        if step not in states:
-            raise InputError(
-                f"{out} has no state of step {step} for this process: it must lie on a disk all nodes share")
-        tensors, header = read_tensors(states[step], check=False)
-    for p in net.parameters():
-        if p.requires_grad:
-            moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
-    wanted = contents(net, average, optimizer)
-    try:
-        seconds = float(header["seconds"])
-        if {name: x.shape for name, x in tensors.items()} != {name: x.shape for name, x in wanted.items()}:
-            raise ValueError("its tensors are not this network's")
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{states[step]} is no state of this run ({error}): move it away") from error
-    net.load_state_dict({name[4:]: tensors[name] for name in wanted if name.startswith("net/")})
-    average.load_state_dict(net.state_dict())     # what is not trained has no average
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
+    about: what states say beside their tensors, as load_network returns it; its "settings" are the flags and
+    a sha256 of each input. Returns (step, seconds of training so far).
+    InputError: another process writes there, or there is other work, or anything else, or the newest state
+    cannot be read. Nothing has changed then."""
+    settings = about["settings"]
+    out, step, seconds = Path(settings["out"]), 0, 0.0
     if is_first():
-        whole = average.state_dict()
-        try:
-            written = read_tensors(out / "model.safetensors", check=False)[1].get("sha256")
-        except InputError:                        # missing, or cut short
-            written = None
-        if written != header.get("model", digest_of(whole)) or not is_described(out):
-            # Killed between the state and the network.
-            save_network(out, whole, config, stats)
-        prune(out, keep, keep_every)
+        if not states_of(out):
+            check_new(out, settings)
+        lock(out / ".lock")
+    if states := states_of(out):
+        step, path = next(iter(states.items()))
+        before = {"settings": {}, "step": None, **(read_tensors(path, only=())[1] or {})}
+        refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step})
+        parts, *_ = read_tensors(path)
+        for p in (p for p in net.parameters() if p.requires_grad):
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for part, tensors in contents(net, average, optimizer).items():
+            for name, x in tensors.items():
+                x.copy_(parts[part][name])
+        seconds, steps = before["seconds"], before["settings"]["steps"]
+        if steps != settings["steps"] and settings["lr"] != settings.get("lr_final"):
+            say(f"--steps was {steps:,}: the learning rate now falls over {settings['steps']:,}")
+    if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:
+        raise InputError(f"{out} has not the same state for all processes: it must lie on a disk they share")
+    if is_first():
+        write_json(out / "run.json", {"settings": settings, **provenance()})
+        for half in out.glob(".state_*.tmp"):     # of a writer that was killed
+            half.unlink()
+        prune(settings)
+    size, at = sum(p.numel() for p in net.parameters()) / 1e6, f", goes on at step {step:,}" if step else ""
+    steps, rows = settings["steps"], settings["batch_size"]
+    say(f"{out}: {size:,.1f} M parameters, {steps:,} steps of {rows:,} rows{at}")
+    if step >= steps:
+        say(f"{out} is at step {step:,} already: nothing to do (--steps goes further)")
+    elif about["kind"] in ("teacher", "student") and settings["ema"] ** steps > 0.5:
+        say(f"warning: by --ema {settings['ema']} the average of {steps:,} steps stays mostly the "
+            f"first weights: {max(0.0, 1 - 5 / steps):.4g} fits")
     return step, seconds
+
+
+def check_new(out, settings):
+    """InputError, unless `out` is new or empty, or holds this very run's start, killed before it saved."""
+    there = sorted(path.name for path in out.glob("[!.]*")) or [out.name] * out.is_file()
+    if there and not {"run.json"} <= set(there) <= {"run.json", "log.jsonl"}:
+        raise InputError(f"{out} holds something else ({there[0]}): give an --out that is empty or new")
+    if there:
+        before = read_json(out / "run.json").get("settings", {})
+        refuse_other(out, before, settings)
+        logged = max((line["step"] for line in read_log(out)), default=0)
+        if logged > min(before["steps"], before["save_every"] or math.inf):
+            raise InputError(f"{out} has a log of {logged:,} and no state: restore it, or give another "
+                             "--out")
+
+
+def provenance():
+    """What it takes to make a result again."""
+    import platform
+    import shlex
+    import subprocess
+    commit = ""
+    with suppress(OSError):                       # no git here
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"command": shlex.join(sys.argv), "python": platform.python_version(), "torch": torch.__version__,
+            "commit": commit, "host": platform.node(), "device": device,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+
+
+class Log:
+    """log.jsonl: means over micro-batches, processes and steps since the line before; a bar in a terminal."""
+
+    def __init__(self, args, step, seconds):
+        self.args, self.step, self.seconds = args, step, seconds
+        self.numbers, self.norms, self.since = [], [], time.perf_counter()
+        self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if is_first() else True)
+
+    def add(self, loss, numbers):
+        """Of a micro-batch: scalar tensors. Of mean squares, ms_NAME, the mean's root is logged, rms_NAME."""
+        self.numbers.append({"loss": loss.detach(), **numbers})
+
+    def end_step(self, grad_norm):
+        self.norms.append(grad_norm)
+        self.bar.update()
+
+    def write(self, step, lr, **more):
+        """Append a line. InputError, before anything is saved, where loss or gradient is not finite."""
+        names, norms, now = list(self.numbers[0]), torch.stack(self.norms), time.perf_counter()
+        means = [torch.stack([row[name] for row in self.numbers]).float().mean() for name in names]
+        *means, world = all_reduce(torch.stack([*means, torch.ones_like(means[0])])).tolist()
+        line = {"step": step}
+        for name, mean in zip(names, means, strict=True):
+            line |= {f"r{name}": math.sqrt(mean / world)} if name.startswith("ms_") else {name: mean / world}
+        rate = (step - self.step) / (now - self.since)
+        self.seconds += now - self.since
+        line |= {"grad_norm": norms.mean().item(), "grad_norm_max": norms.nan_to_num(0, 0).max().item(),
+                 "lr": lr, "samples_per_second": self.args.batch_size * rate, "seconds": self.seconds, **more}
+        if norms.is_cuda:
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if is_first():
+            rounded = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in line.items()}
+            text = json.dumps({**rounded, "step": step})
+            with open(Path(self.args.out, "log.jsonl"), "a") as file:
+                file.write(text + "\n")
+            self.bar.set_postfix(loss=line["loss"])
+            if self.bar.disable:
+                say(f"{text} {timedelta(seconds=round((self.args.steps - step) / rate))} left")
+        if not math.isfinite(line["loss"] + line["grad_norm"]):
+            raise InputError(f"loss or gradient is not finite at step {step}; not saved. Try a lower --lr or "
+                             "--clip, or --precision fp32: the same command goes on from the last state")
+        self.step, self.since, self.numbers, self.norms = step, now, [], []
+
+
+def read_log(out):
+    """The lines of a run's log.jsonl by step: of a step that was made again the last one."""
+    lines, path = {}, Path(out, "log.jsonl")
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):                # cut by a kill; the next line then follows at once
+            line = json.loads(text[text.rindex('{"step"'):])
+            lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]

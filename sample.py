@@ -7,7 +7,7 @@
 
     python sample.py runs/meanflow --nfe 1        # 50,000 images -> samples/meanflow_1.npz
     torchrun --nproc_per_node=8 sample.py runs/meanflow --nfe 2         # from eight GPUs
-    python sample.py runs/meanflow --state 50000  # from a state that training kept
+    python sample.py runs/meanflow/state_00050000.safetensors           # from a state that training kept
     python sample.py runs/teacher --num-samples 64 --grid grid.png      # a picture
 
 Noise and label of image i follow from the seed and i alone, whatever the batch size or the
@@ -28,10 +28,10 @@ import numpy
 import torch
 
 from model import (
-    ArgumentParser, InputError, barrier, command, denormalize, digest_of, digest_of_text, fraction,
-    guided, hold, is_first, launch, load_decoder, load_network, load_stats, load_strictly,
-    long_jumps, not_negative, ode_times, positive, provenance, read_tensors, refuse_other, say,
-    settings_in, solve_ode, states_of, whole, write_atomically, write_json, write_tensors)
+    ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize,
+    digest_of, fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location,
+    lock, long_jumps, ode_times, positive, provenance, read_json, read_tensors, refuse_other, say,
+    solve_ode, whole, write_atomically, write_json, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
@@ -55,14 +55,15 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
     return torch.stack(z), torch.tensor(y)
 
 
-def generate(net, z, y, nfe, solver="euler", shift=1.0, v=None):
+def generate(net, z, y, nfe, solver="euler", shift=None, v=None):
     """Latents from noise z (B, C, H, W) and labels y (B,), in `nfe` evaluations of `net`.
 
+    shift: a of a teacher's grid; default_time_shift of its latents, unless it was trained with another.
     v: a teacher's guided velocity, of model.guided, in its place; it counts as one."""
     if net.r_embedder is not None:
         return long_jumps(net, z, y, [1 - i / nfe for i in range(nfe + 1)])
-    steps = nfe if solver == "euler" else nfe // 2
-    return solve_ode(v or net, z, y, ode_times(steps, shift), solver)[-1]
+    times = ode_times(nfe if solver == "euler" else nfe // 2, shift or default_time_shift(net.shape))
+    return solve_ode(v or net, z, y, times, solver)[-1]
 
 
 def to_uint8(images, truncate=False):
@@ -76,10 +77,10 @@ def to_uint8(images, truncate=False):
 def claim(out, settings, need):
     """See that `out` and its folder .part are free, or hold work of these settings; write .json."""
     part, note = out.with_suffix(".part"), out.with_suffix(".json")
-    hold(out.with_name(f".{out.name}.lock"), out.name, note.name)
+    lock(out.with_name(f".{out.name}.lock"))
     if out.exists() or any(part.glob("*.safetensors")):
         place = out if out.exists() else part
-        return refuse_other(place, settings_in(note), settings)
+        return refuse_other(place, read_json(note).get("settings", {}) if note.exists() else {}, settings)
     try:
         part.mkdir(exist_ok=True)
     except OSError as error:
@@ -109,7 +110,7 @@ def sample_all(part, batches, make, rank, world):
     if is_first() and len(missing) < len(batches):
         say(f"goes on: {len(batches) - len(missing)} of {len(batches)} batches are there")
     for n, k in enumerate(mine, 1):
-        write_tensors(batch_path(part, k), make(batches[k]))
+        write_tensors(batch_path(part, k), {"": make(batches[k])})
         now = time.monotonic()
         if is_first() and (now > said + 10 or n == len(mine)):
             left = (now - start) / n * (len(mine) - n)
@@ -123,14 +124,14 @@ def bundle(part, count, shape, out):
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     formats = numpy.lib.format
 
-    def write(path):
+    def write(out):
         labels = []
-        with zipfile.ZipFile(path, "w") as file:
+        with zipfile.ZipFile(out, "w") as file:
             # A ZipInfo has no date: the same samples are the same file.
             with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
                 formats.write_array_header_1_0(stream, header)
                 for k in range(count):
-                    tensors, _ = read_tensors(batch_path(part, k))
+                    tensors = read_tensors(batch_path(part, k))[0][""]
                     stream.write(tensors["images"].numpy())
                     labels.append(tensors["labels"].numpy())
             with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
@@ -154,7 +155,7 @@ def read_samples(path, count):
 
 
 def save_png(path, image):
-    write_atomically(path, lambda beside: image.save(beside, "PNG"))
+    write_atomically(path, lambda file: image.save(file, "PNG"))
 
 
 def draw_grid(path, images, labels, classes, columns):
@@ -195,20 +196,17 @@ def draw(out, args, classes):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n\n")[0])
     add = parser.add_argument_group("networks").add_argument
-    add("network", help="folder, published .pt or .safetensors, Hub path, or a training state")
-    add("--state", type=whole(), metavar="STEP", help="of the training states kept (default: the network)")
-    add("--decoder", default=DECODER, help="likewise, or an AutoencoderRAE folder (RAE)")
-    add("--stats", metavar="FILE", help="latent_stats.safetensors or stat.pt (default: the network's)")
+    add("network", type=location, help="a run, one of its states, a published file, or a Hub path")
+    add("--decoder", type=location, default=DECODER, help="likewise (RAE)")
+    add("--stats", type=location, metavar="FILE",
+        help="latent_stats.safetensors or stat.pt (default: the network's)")
 
     add = parser.add_argument_group("method").add_argument
     add("--nfe", type=whole(), help="evaluations for an image (default: student 1, teacher 50; MF-RAE)")
-    add("--solver", choices=("euler", "heun"), help="of a teacher; heun: nfe / 2 steps (default: euler)")
+    add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher; heun: nfe / 2 steps")
     add("--time-shift", type=positive, help="a of a teacher's grid (default: the network's)")
-    add("--guidance", type=not_negative, metavar="W",
-        help="of a teacher: v_weak + W (v - v_weak), v_weak without label or of --weak-teacher "
-             "(default: 1, none; MF-RAE)")
-    add("--guidance-interval", type=fraction, nargs=2, metavar="T", help="from t to t (default: all)")
-    add("--weak-teacher", help="for autoguidance (default: the teacher without label, CFG)")
+    add_guidance_flags(add)
+    add("--guidance-interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar="T", help="from t to t")
 
     add = parser.add_argument_group("images").add_argument
     add("--num-samples", type=whole(), default=50_000, help="images (ADM)")
@@ -232,62 +230,28 @@ def parse_args(argv=None):
         parser.error(f"--nfe {args.nfe} with --solver heun: it must be even, two for each step")
     if args.grid and not args.grid.endswith(".png"):
         parser.error(f"--grid {args.grid}: a file name that ends in .png")
-    guides = args.guidance not in (None, 1)
-    parser.settle(
-        args,
-        ("--guidance-interval", guides, [0.0, 1.0], "without --guidance W, W other than 1"),
-        ("--weak-teacher", guides, None, "without --guidance W, W other than 1"))
     return args
 
 
-def load(source, kind=None, step=None):
-    """model.load_network; of a training state, what its folder's network was at that step."""
-    path, states = Path(source), states_of(source)
-    if step and step not in states:
-        raise InputError(f"{source} keeps no state of step {step}, it has {sorted(states)}")
-    path = states[step] if step else path
-    if not (re.fullmatch(r"state_\d{8,}\.safetensors", path.name) and path.is_file()):
-        return load_network(source, kind)
-    net, config, stats = load_network(path.parent, kind, weights=False)
-    tensors, header = read_tensors(path, check=is_first())
-    # What is not trained has no average.
-    state = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net/")}
-    state |= {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("average/")}
-    load_strictly(net, state)
-    net.digest = digest_of_text(net.digest, header.get("sha256"))
-    return net, config, stats
-
-
 def load_all(args):
-    """-> network, classes, weak teacher or None, decoder, statistics, which fit together; what the kind
-    of network decides is filled in `args`."""
-    net, config, stats = load(args.network, step=args.state)
-    student = config["kind"] == "student"
-    for flag in ("solver", "time_shift", "guidance") if student else ():
-        if getattr(args, flag) is not None:
-            flag = flag.replace("_", "-")
-            raise InputError(f"--{flag} does nothing on a student, it is for a teacher: leave it out")
-    args.nfe = args.nfe or (1 if student else 50)
-    args.solver = args.solver or "euler"
-    args.time_shift = args.time_shift or config["time_shift"]
-    args.guidance = 1.0 if args.guidance is None else args.guidance
-    weak = load(args.weak_teacher, "teacher")[0] if args.weak_teacher else None
+    """-> network, decoder, what their files say, statistics, which fit together; what the kind of network
+    decides is filled in `args`."""
+    net, about = load_network(args.network)
+    args.nfe = args.nfe or (1 if net.r_embedder else 50)
+    args.time_shift = args.time_shift or about["time_shift"]
     training = "; or train one: python sanity/train_decoder.py --data-path IMAGES --latents LATENTS"
     training *= args.decoder == DECODER
     try:
-        decoder, decoder_stats = load_decoder(args.decoder)
+        decoder, of_decoder = load_decoder(args.decoder)
     except InputError as error:
         raise InputError(f"{error}{training}") from error
     if net.shape != decoder.shape:
         raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
                          f"the --decoder of its encoder and size{training}")
-    stats = load_stats(args.stats, net.shape) if args.stats else stats or decoder_stats
+    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
     if stats is None:
         raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
-    classes = config.get("classes")
-    if not isinstance(classes, list) or len(classes) != net.num_classes:
-        classes = list(range(net.num_classes))
-    return net, classes, weak, decoder, stats
+    return net, about, decoder, of_decoder, stats
 
 
 def read_labels(text, classes):
@@ -309,8 +273,7 @@ def default_out(args):
     path = Path(re.sub(r"\.(pt|safetensors)$", "", os.path.abspath(args.network)))
     state = re.fullmatch(r"state_0*(\d+)", path.name)
     name = f"{path.parent.name}_{state[1]}" if state else path.name
-    step = f"_{args.state}" if args.state else ""
-    return f"samples/{name}{step}_{args.nfe}"
+    return f"samples/{name}_{args.nfe}"
 
 
 def introduce(args, net, classes, text):
@@ -324,10 +287,12 @@ def introduce(args, net, classes, text):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, rank, world = launch(args.precision, hours=24)
-    net, classes, weak, decoder, stats = load_all(args)
+    device, rank, world = launch(hours=24)
+    net, about, decoder, of_decoder, stats = load_all(args)
+    classes = about["classes"] or range(net.num_classes)
     args.labels = read_labels(args.labels, classes)
-    v = None if net.r_embedder else guided(net, args.guidance, args.guidance_interval, weak)
+    net, decoder = net.to(device).eval(), decoder.to(device).eval()
+    v, weak = (None, None) if net.r_embedder else load_guidance(args, net, about, args.guidance_interval)
 
     out = Path((args.out or default_out(args)).removesuffix(".npz") + ".npz")
     size = decoder.shape[1] * decoder.patch_size
@@ -338,17 +303,14 @@ def main(argv=None):
         text = f"{args.num_samples:,} images of {size} px, seed {args.seed}, on {world} x {device.type}"
         introduce(args, net, classes, text)
         # Contents, not paths: what is moved is the same.
-        others = "state", "compile", "out", "grid", "png"
+        others = "network", "decoder", "weak_teacher", "stats", "compile", "out", "grid", "png"
         settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
-            "network": net.digest, "weak_teacher": weak and weak.digest,
-            "decoder": decoder.digest,
-            "stats": digest_of({"mean": stats[0], "var": stats[1]})}
+            "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
+            "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
         claim(out, settings, math.prod(shape))
     barrier()
 
-    net, decoder = net.to(device).eval(), decoder.to(device).eval()
-    weak = weak and weak.to(device).eval()
-    stats = [x.to(device) for x in stats]
+    stats = {name: x.to(device) for name, x in stats.items()}
     if args.compile:
         net.compile(dynamic=False)
         decoder.compile(dynamic=False)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, hold, number, read_json, refuse_other, say, whole, write_json)
+    ArgumentParser, InputError, command, lock, number, read_json, refuse_other, say, whole, write_json)
 
 SPLITS = ("train", "held-out")
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -103,10 +103,10 @@ def main(argv=None):
     if out.exists() and not marker.exists():
         if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
             raise InputError(f"{out} holds something else already: give another --out")
-    hold(out / ".lock", "digits.json")
+    lock(out / ".lock")
     if marker.exists():
         found = read_json(marker)
-        refuse_other(out, found, settings)
+        refuse_other(out, {**found, "complete": None}, {**settings, "complete": None})
         if found.get("complete") is True:
             return say(f"{out} is complete, {sum(counts.values())} images")
     # Interrupted, it starts over: the images are the same.

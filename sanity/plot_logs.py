@@ -3,31 +3,14 @@
     python sanity/plot_logs.py runs/cmt runs/meanflow --out logs.png
     python sanity/plot_logs.py runs/a runs/b --keys mse grad_norm --out logs.png
 """
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import ArgumentParser, InputError, command, say, write_atomically  # noqa: E402
+from model import ArgumentParser, InputError, command, read_log, say, write_atomically  # noqa: E402
 
 KEYS = ["loss", "mse_flow", "mse_jump", "grad_norm", "grad_norm_max", "rms_w", "rms_correction", "lr",
         "samples_per_second"]
-
-
-def read_log(run):
-    """log.jsonl of a run's folder -> list of dicts; a line that a crash has cut is left out."""
-    path = Path(run) / "log.jsonl"
-    if not path.exists():
-        raise InputError(f"no log in {run}: give folders that a training stage has written")
-    lines = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    if not lines:
-        raise InputError(f"{path} is empty: the run has not logged yet")
-    return lines
 
 
 def main(argv=None):
@@ -37,6 +20,8 @@ def main(argv=None):
     parser.add_argument("--out", default="logs.png", help="the picture")
     args = parser.parse_args(argv)
     logs = {run: read_log(run) for run in args.runs}
+    if empty := [run for run, log in logs.items() if not log]:
+        raise InputError(f"no log in {empty[0]}: give folders that a training stage has written")
     keys = [key for key in args.keys if any(key in line for log in logs.values() for line in log)]
     if not keys:
         raise InputError(f"none of {', '.join(args.keys)} is in these logs")
@@ -53,9 +38,11 @@ def main(argv=None):
     for ax in axes.flat[len(keys):]:
         ax.remove()
     for ax, key in zip(axes.flat, keys, strict=False):
-        for run, log in logs.items():
+        # A colour for each run, whether or not it has this entry.
+        for k, (run, log) in enumerate(logs.items()):
             points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
-            ax.plot(*zip(*points, strict=True), label=run, linewidth=1) if points else None
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            ax.plot(steps, values, color=f"C{k % 10}", label=run, linewidth=1)
         values = [line[key] for log in logs.values() for line in log if line.get(key) is not None]
         if values and min(values) > 0 and max(values) > 20 * min(values):
             ax.set_yscale("log")
@@ -63,7 +50,7 @@ def main(argv=None):
         ax.set_xlabel("step", fontsize=8)
         ax.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
-    write_atomically(args.out, lambda path: figure.savefig(path, format="png", dpi=110))
+    write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=110))
     say(f"{args.out}: {len(keys)} panels, {len(logs)} runs")
 
 

@@ -19,8 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, generator, hold, read_json, read_tensors, refuse_other, say, whole,
-    write_json, write_tensors)
+    ArgumentParser, InputError, command, generator, location, lock, read_json, read_tensors, refuse_other,
+    say, whole, write_json, write_tensors)
 
 
 def dinov2(width, depth, heads, patch, image_size, **more):
@@ -72,10 +72,10 @@ def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
 
 def save_dinov2(out, net, more):
     """The folder that --encoder takes; more: entries of its config.json, which is written last."""
-    write_tensors(out / "model.safetensors", net.state_dict(), {"format": "pt"})
+    write_tensors(out / "model.safetensors", {"": net.state_dict()})
     config = json.loads(net.config.to_json_string())
     config |= {"architectures": ["Dinov2WithRegistersModel"], **more}
-    write_json(out / "config.json", config, digest=False)
+    write_json(out / "config.json", config)
 
 
 def add_sizes(parser, width=64, depth=2, heads=4, patch=8):
@@ -89,7 +89,7 @@ def add_sizes(parser, width=64, depth=2, heads=4, patch=8):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", default="runs/sanity/encoder", help="folder for the encoder")
+    add("--out", type=location, default="runs/sanity/encoder", help="folder for the encoder")
     add_sizes(parser)
     add("--seed", type=whole(0), default=0, help="of the weights")
     return parser.parse_args(argv)
@@ -100,17 +100,18 @@ def main(argv=None):
     out = Path(args.out)
     settings = {"untrained": True, "hidden_size": args.width, "num_hidden_layers": args.depth,
                 "num_attention_heads": args.heads, "patch_size": args.patch, "seed": args.seed}
-    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+    if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
         files = out / "config.json", out / "model.safetensors"
-        if not any(path.exists() for path in files):
+        if not any(file.exists() for file in files):
             raise InputError(f"{out} holds something else: give an --out that is empty or new")
         # config.json is written last: where it is, the weights are.
         if files[0].exists():
-            refuse_other(out, read_json(files[0], digest=False), settings)
+            found = read_json(files[0])
+            refuse_other(out, {name: found.get(name) for name in settings}, settings)
             read_tensors(files[1])
             return say(f"{out} is there: an encoder with random weights")
     net = random_dinov2(args.width, args.depth, args.heads, args.patch, args.seed)
-    hold(out / ".lock", "config.json", "model.safetensors")
+    lock(out / ".lock")
     save_dinov2(out, net, settings)
     say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px")
 

@@ -34,10 +34,11 @@ from model import (  # noqa: E402
     ArgumentParser,
     InputError,
     command,
-    hold,
     load_decoder,
+    lock,
     provenance,
     read_json,
+    read_log,
     read_tensors,
     say,
     whole,
@@ -103,13 +104,13 @@ def classifier(path, train, sample, steps, seed, device):
     key.update(sample.numpy())
     net = Classifier(len(train.classes))
     if path.exists():
-        tensors, about = read_tensors(path)
-        if about.get("key") == key.hexdigest():
-            net.load_state_dict(tensors)
+        parts, about, _ = read_tensors(path)
+        if about == {"key": key.hexdigest()}:
+            net.load_state_dict(parts[""])
             say(f"classifier: {path}, fitted before")
             return net.to(device).eval()
     net = fit(*read(train, range(len(train))), len(train.classes), steps, seed, device)
-    write_tensors(path, net.state_dict(), {"key": key.hexdigest()})
+    write_tensors(path, {"": net.state_dict()}, {"key": key.hexdigest()})
     return net
 
 
@@ -230,8 +231,8 @@ def read_seconds(run):
     lines = (run / "seconds.txt").read_text().splitlines() if (run / "seconds.txt").exists() else []
     seconds = {name: float(n) for name, _, n in (line.rpartition(" ") for line in lines) if name}
     for name in seconds:
-        if (log := run / name.lower() / "log.jsonl").exists():
-            seconds[name] = max(seconds[name], json.loads(log.read_text().splitlines()[-1])["seconds"])
+        if lines := read_log(run / name.lower()):
+            seconds[name] = max(seconds[name], lines[-1]["seconds"])
     return seconds
 
 
@@ -272,15 +273,14 @@ def draw_picture(path, columns, names):
         (picture.quantize(colours) if colours else picture).save(file, "PNG")
         if file.tell() < 1_000_000:
             break
-    write_atomically(path, lambda beside: beside.write_bytes(file.getvalue()))
+    write_atomically(path, lambda out: out.write(file.getvalue()))
 
 
 def write_report(path, about, rows, checks, seconds):
     """report.md from the numbers of report.json."""
     encoder, real, held_out = about["encoder"], rows["real"]["count"], about["held_out"]["count"]
     plain = f"The encoder is `{encoder['id']}`."
-    # Latents of older versions say it by their encoder's name.
-    if encoder.get("untrained", encoder["id"].startswith("random:")):
+    if encoder["untrained"]:
         plain = (
             f"**The encoder is RANDOM** (`{encoder['id']}`: weights from a seed), not the paper's DINOv2: "
             "what this shows is whether every stage does its work."
@@ -346,7 +346,7 @@ def write_report(path, about, rows, checks, seconds):
         f"{made['torch']}, commit {made['commit'] or 'none'}. All figures: report.json.",
         "",
     ]
-    write_atomically(path, lambda beside: beside.write_text("\n".join(lines)))
+    write_atomically(path, lambda file: file.write("\n".join(lines).encode()))
 
 
 def parse_args(argv=None):
@@ -379,7 +379,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run, data = Path(args.run), Path(args.data)
-    hold(run / ".lock", "report.*", "picture.png", "classifier.safetensors")
+    lock(run / ".lock")
     whole = (data / "train").is_dir() and (data / "held-out").is_dir()
     if not whole and not args.held_out:
         raise InputError(

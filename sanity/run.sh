@@ -24,13 +24,13 @@ stage() {   # NAME COMMAND...: show the command, run it, note its seconds (of th
     grep -qs "^$name " "$RUN/seconds.txt" || echo "$name $((SECONDS - start))" >> "$RUN/seconds.txt"
 }
 
-COMMON="--seed $SEED --log-every 200 --save-every 1000 --keep 1 --resume"
+COMMON="--seed $SEED --log-every 200 --save-every 1000 --keep 1"
 
 stage digits "$PYTHON" sanity/digits.py --out $DATA
 stage encoder "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder"
 stage encode "$PYTHON" encode_latents.py --data-path $DATA/train --out "$LATENTS" --image-size 32 --encoder-size 32 --batch-size 256 \
     --workers $WORKERS --encoder "$RUN/encoder"
-stage decoder "$PYTHON" sanity/train_decoder.py --data-path $DATA/train --latents "$LATENTS" --out "$RUN/decoder" --seed "$SEED" --resume
+stage decoder "$PYTHON" sanity/train_decoder.py --data-path $DATA/train --latents "$LATENTS" --out "$RUN/decoder" --seed "$SEED"
 
 # Latents of 1,024 numbers need no time shift by RAE's rule. It is 2.5 here, so that a shift forgotten anywhere would show.
 stage teacher "$PYTHON" train_teacher.py --latents "$LATENTS" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2.5 \

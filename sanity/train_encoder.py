@@ -6,12 +6,13 @@
 An ordinary Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens after the final
 LayerNorm without its affine part; z, their mean, stands for the image. labels: cross entropy of a linear
 layer on z. self: two views of an image find each other among the batch's (SimCLR, arXiv 2002.05709).
-The network saved is the average of the weights. Printed as it goes: k-NN and linear-probe accuracy on a tenth
-of the images, kept out, beside those of an encoder with random weights.
+The network saved is the average of the weights. Logged at each state: k-NN and linear-probe accuracy on a
+tenth of the images, kept out; said at the start: those of random weights. The same command goes on.
 """
 import copy
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import Images, RowSampler, batches_of  # noqa: E402
 from model import (  # noqa: E402
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, generator, positive, say, whole)
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, Log, begin_run, command, generator, launch, location,
+    positive, save_state, say, stop_signals, whole)
 from sanity.random_encoder import add_sizes, dinov2, random_dinov2, save_dinov2  # noqa: E402
-from sanity.train_decoder import open_run, restore, save_run  # noqa: E402
 
 BANK, KEPT_OUT = 5000, 2000                       # images to judge by and on, at most
 
@@ -75,8 +76,8 @@ def accuracies(net, bank, kept):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data-path", required=True, help="images: class folders, or a .zip of them")
-    add("--out", default="runs/encoder", help="folder for the encoder")
+    add("--data-path", type=location, required=True, help="images: class folders, or a .zip of them")
+    add("--out", type=location, default="runs/encoder", help="folder for states, log and the encoder")
     add("--objective", choices=("labels", "self"), default="labels", help="what the encoder learns from")
     add("--image-size", type=whole(), default=32, help="pixels, a multiple of --patch")
     add_sizes(parser, width=128, depth=6)
@@ -85,15 +86,17 @@ def parse_args(argv=None):
     add("--batch-size", type=whole(2), default=64, help="images")
     add("--lr", type=positive, default=1e-3, help="of AdamW at its highest; cosine to 0")
     add("--seed", type=whole(0), default=0, help="of everything random")
+    add("--log-every", type=whole(), default=100, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--save-every", type=whole(), default=500, metavar="STEPS", help="steps between states")
-    add("--resume", action="store_true", help="go on from the state in --out, if there is one")
     add("--workers", type=whole(0), default=0, help="processes that read ahead; 0: read in place")
+    parser.set_defaults(keep=1, keep_every=None)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    out, sizes = Path(args.out), (args.width, args.depth, args.heads, args.patch)
+    device, *_ = launch()
+    sizes = (args.width, args.depth, args.heads, args.patch)
     images = Images(args.data_path, args.image_size)
     kept = min(KEPT_OUT, len(images) // 10)
     if len(images.classes) < 2 or kept < 1:
@@ -102,47 +105,58 @@ def main(argv=None):
     net = dinov2(*sizes, args.image_size)
     for unused in (net.layernorm, net.embeddings.mask_token):   # latents are without the norm's affine part
         unused.requires_grad_(False)
-    free = "out", "save_every", "resume", "workers", "data_path"
-    settings = {"data": images.digest, **{k: v for k, v in vars(args).items() if k not in free}}
-    state = open_run(out, settings, args.resume)
     order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
     judges = images.__getitems__(order[kept:kept + BANK]), images.__getitems__(order[:kept])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = accuracies(random_dinov2(*sizes).to(device), *judges)
     head = nn.Linear(args.width, len(images.classes)) if args.objective == "labels" else nn.Sequential(
         nn.Linear(args.width, 4 * args.width), nn.GELU(), nn.Linear(4 * args.width, args.width))
     student = nn.ModuleList([net, head]).to(device)
     average = copy.deepcopy(student).requires_grad_(False)
-    weights, averages = list(student.parameters()), list(average.parameters())
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    weights, averages = ([x.get_parameter(name) for name in trained] for x in (student, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    first = restore(state, student, average, optimizer)
-    say(f"random weights: {random}; {len(images) - kept:,} images, steps {first} to {args.steps} on {device}")
-    rest = order[kept:]
-    rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first, args.steps)
+    about = {"kind": "encoder", "stats": {}, "settings": {**vars(args), "sha256 of images": images.digest}}
+    first_step, seconds = begin_run(about, student, average, optimizer)
+    say(f"random weights: {random}")
+
+    rest, log = order[kept:], Log(args, first_step, seconds)
+    rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
     batches = batches_of(images, [[rest[i] for i in batch] for batch in rows], args.workers)
-    for step, (x, target) in enumerate(batches, first + 1):
-        g = generator("cpu", args.seed, "encoder", step)
-        x, target = x.to(device).float() / 255, target.to(device)
-        if args.objective == "labels":
-            answers = head(features(net, view(x, g, args.flips)))
-        else:
-            x = torch.cat([view(x, g, args.flips, smallest=0.2, tint=0.3) for _ in range(2)])
-            answers = similarities(head(features(net, x)))
-            target = torch.arange(len(x), device=device).roll(len(x) // 2)    # the other view
-        F.cross_entropy(answers, target).backward()
-        part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        optimizer.param_groups[0]["lr"] = args.lr * part
-        nn.utils.clip_grad_norm_(weights, 1)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():                     # it soon forgets the random start
-            torch._foreach_lerp_(averages, weights, 1 - min(0.996, step / (10 + step)))
-        if step % args.save_every == 0 or step == args.steps:
-            say(f"step {step}: {accuracies(average[0], *judges)}")
-            save_run(out, settings, step, student, average, optimizer)
+    with stop_signals() as stopped:
+        for step, (x, target) in enumerate(batches, first_step + 1):
+            g = generator("cpu", args.seed, "encoder", step)
+            x, target = x.to(device).float() / 255, target.to(device)
+            if args.objective == "labels":
+                answers = head(features(net, view(x, g, args.flips)))
+            else:
+                x = torch.cat([view(x, g, args.flips, smallest=0.2, tint=0.3) for _ in range(2)])
+                answers = similarities(head(features(net, x)))
+                target = torch.arange(len(x), device=device).roll(len(x) // 2)    # the other view
+            loss = F.cross_entropy(answers, target)
+            loss.backward()
+            log.add(loss, {})
+            part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            lr = optimizer.param_groups[0]["lr"] = args.lr * part
+            log.end_step(nn.utils.clip_grad_norm_(weights, 1))
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():                 # it soon forgets the random start
+                torch._foreach_lerp_(averages, weights, 1 - min(0.996, step / (10 + step)))
+
+            stop = stopped()
+            saves = stop or step == args.steps or step % args.save_every == 0
+            if saves or step == 1 or step % args.log_every == 0:
+                log.write(step, lr, **accuracies(average[0], *judges) if saves else {})
+            if saves:
+                save_state(about, step, log.seconds, student, average, optimizer)
+                log.since = time.perf_counter()
+            if stop:
+                say(f"stopped after step {step}: the same command goes on")
+                sys.exit(128 + stop)
     found = accuracies(average[0], *judges)
-    save_dinov2(out, average[0], {"training": {**settings, "random": random, "trained": found}})
-    say(f"{out}: averaged weights, {found}; random weights, {random}")
+    training = {**about["settings"], "random": random, "trained": found}
+    save_dinov2(Path(args.out), average[0], {"training": training})
+    say(f"{args.out}: averaged weights, {found}; random weights, {random}")
 
 
 if __name__ == "__main__":

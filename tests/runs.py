@@ -32,10 +32,11 @@ def random_images(folder, classes=3, each=12):
             Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=numpy.uint8)).save(folder / f"class{k}" / f"{i:03d}.png")
 
 
-def encode(home):
+def encode(home, seed=0):
     """Latents of the images in a folder, by a random encoder."""
-    random_encoder.main(["--out", f"{home}/encoder", *"--width 12 --depth 1 --heads 2 --patch 4".split()])
-    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--encoder", f"{home}/encoder",
+    encoder = f"{home}/encoder{seed or ''}"
+    random_encoder.main(["--out", encoder, *f"--width 12 --depth 1 --heads 2 --patch 4 --seed {seed}".split()])
+    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--encoder", encoder,
                          *"--image-size 16 --encoder-size 16 --workers 0".split()])
     let_go()
 
@@ -60,16 +61,34 @@ def train(home, stage, out, *more):
 
 def let_go():
     """Give the locks of this process back, as its end would."""
-    while model.HELD:
-        model.HELD.pop().close()
+    while model.LOCKS:
+        model.LOCKS.pop().close()
 
 
-def weights(folder, name="model.safetensors"):
-    return model.read_tensors(Path(folder) / name)[0]
+def state(folder, step=None):
+    """{part: {name: tensor}} of a run's state, the newest one by default."""
+    states = model.states_of(folder)
+    return model.read_tensors(states[step] if step else next(iter(states.values())))[0]
+
+
+def weights(folder, step=None):
+    """What is sampled from."""
+    return state(folder, step)["ema"]
+
+
+def about(folder):
+    return model.read_tensors(next(iter(model.states_of(folder).values())), only=())[1]
 
 
 def log(folder):
+    """Line by line: model.read_log leaves one for each step."""
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def save_network(folder, net, about, stats):
+    """A network to sample from, as sanity/export.py writes it."""
+    stats = {} if stats is None else {"stats": stats}
+    model.write_tensors(Path(folder) / "model.safetensors", {"": net.state_dict(), **stats}, about)
 
 
 def process(rank, world, port, argv, main):
@@ -102,17 +121,17 @@ def close(a, b, tolerance):
 
 def lively(home, folder, seed=0):
     """The teacher with random numbers added to its weights: after a few steps from zero, labels hardly change what it says."""
-    teacher, config, stats = model.load_network(home / "teacher")
+    teacher, about = model.load_network(home / "teacher")
     for p in teacher.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + seed))
-    model.save_network(folder, teacher.state_dict(), config, stats)
+    kept = {name: about[name] for name in ("kind", "time_shift", "classes")}
+    save_network(folder, teacher, kept, about["stats"])
     return folder
 
 
 def save_decoder(home, out):
     sizes = dict(input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
-    config = {"kind": "decoder", "network": sizes}
-    model.save_network(out, model.ViTDecoder(**sizes).state_dict(), config, model.load_stats(home / "latents"))
+    save_network(out, model.ViTDecoder(**sizes), {"kind": "decoder", "num_heads": 2}, model.load_stats(home / "latents"))
 
 
 def watch(monkeypatch, module, name):

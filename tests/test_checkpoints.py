@@ -16,42 +16,40 @@ def prefixed(net, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net."])
-def test_a_prefix_of_all_names_is_taken_off_and_said(tmp_path, capsys, prefix):
+def test_a_prefix_of_all_names_is_taken_off(tmp_path, prefix):
     net = model.DiTDH(**SIZES)
     torch.save({"ema": {**prefixed(net, prefix), "step": 7}, "step": 7}, tmp_path / "teacher.pt")
-    loaded, config, _ = model.load_network(tmp_path / "teacher.pt", "teacher")
+    loaded, _ = model.load_network(tmp_path / "teacher.pt", "teacher")
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in net.state_dict().items())
-    assert f"the prefix {prefix} " in capsys.readouterr().out
 
 
-def test_a_decoders_prefix(tmp_path, capsys):
+def test_a_decoders_prefix(tmp_path):
     decoder = model.ViTDecoder(**DECODER)
     torch.save(prefixed(decoder, "decoder."), tmp_path / "decoder.pt")
     loaded, _ = model.load_decoder(tmp_path / "decoder.pt")
-    assert loaded.shape == (12, 4, 4) and "the prefix decoder. " in capsys.readouterr().out
+    assert loaded.shape == (12, 4, 4)
 
 
 def test_what_is_found_is_named(tmp_path):
-    torch.save({"conv1.weight": torch.zeros(2), "conv1.bias": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"conv1.weight": torch.zeros(2), "conv2.bias": torch.zeros(2)}, tmp_path / "other.pt")
     for load in (model.load_network, model.load_decoder):
-        with pytest.raises(model.InputError, match="the first names are conv1.weight, conv1.bias"):
+        with pytest.raises(model.InputError, match="first names are conv1.weight, conv2.bias"):
             load(tmp_path / "other.pt")
 
 
 def test_a_pickle_of_objects_is_refused_with_the_way_out(tmp_path):
     torch.save({"ema": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "run.pt")
-    with pytest.raises(model.InputError, match=r"run code.*torch.save\(torch.load\('run.pt', weights_only=False\)"):
+    with pytest.raises(model.InputError, match="run.pt .*objects in it that could run code: save its tensors alone"):
         model.load_network(tmp_path / "run.pt")
 
 
 def test_a_mistyped_path_is_said_before_the_hub_is_asked(monkeypatch, capsys):
-    """And its time is bounded: one question of 30 seconds at most, no retries."""
     import huggingface_hub
 
-    def no_answer(self, repository, timeout=None, **more):
-        assert timeout <= 30
+    def no_answer(repository, file):
+        assert (repository, file) == ("run/teacher", "model.safetensors")
         raise ConnectionError("no answer")
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", no_answer)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_answer)
     with pytest.raises(model.InputError, match="neither here nor could it be had from the Hub .no answer."):
         model.load_network("run/teacher")
     assert "run/teacher is not here: asking" in capsys.readouterr().out

@@ -57,7 +57,7 @@ def graphs():
 
 # ---- exactness ---------------------------------------------------------------------------------------------
 def test_the_derivative_is_exact():
-    """Relative errors against float64: by torch.func.jvp of the whole network, by pairs, by compiled pairs.
+    """Relative errors against float64: by torch.func.jvp of the whole network, by parts, by compiled parts.
     No way is worse than the plainest by more than a half, in float32 or under autocast. Value and tangent may
     be views that lie differently in memory."""
     net = network()
@@ -70,20 +70,20 @@ def test_the_derivative_is_exact():
             found.append(float((derivative - exact).norm() / exact.norm()))
         return found
     exact = transport_derivative(net.double(), *data(dtype=torch.double))
-    pairs = transport_derivative(net, *data(dtype=torch.double), jvp=model.pairwise_jvp)
+    pairs = transport_derivative(net, *data(dtype=torch.double), jvp=model.jvp_by_parts)
     assert (pairs - exact).norm() < 1e-13 * exact.norm() > 0
     net.float()
     plain = errors(torch.func.jvp)
     assert plain[0] < 1e-6 and plain[1] < 2e-2, plain
-    eager = errors(model.pairwise_jvp)
+    eager = errors(model.jvp_by_parts)
     compiled(net)
-    for found in (eager, errors(model.pairwise_jvp)):
+    for found in (eager, errors(model.jvp_by_parts)):
         assert found[0] < 1.5 * plain[0] + 1e-7 and found[1] < 1.5 * plain[1], (found, plain)
 
     z, t, y, s, w = data()
     both, before = torch.stack([w, z]), graphs()
     for z_view, w_view in ((both[1], both[0]), (z, both[0]), (both[1], w), (z, w.mT.contiguous().mT)):
-        found = transport_derivative(net, z_view, t, y, s, w_view, jvp=model.pairwise_jvp)
+        found = transport_derivative(net, z_view, t, y, s, w_view, jvp=model.jvp_by_parts)
         assert (found - exact).norm() < 1e-6 * exact.norm() and graphs() == before
 
 
@@ -94,7 +94,7 @@ def test_graphs_do_not_grow_with_depth_or_steps():
     z_0, t, y, s, eps = data(8)
     s = torch.where(torch.arange(8) % 4 == 0, s, t)
     for eta in (1.0, 1.0, 0.5, 0.0):
-        loss, _ = meanflow_loss(h, v, z_0, eps, t, y, s, eta, rows=slice(None, None, 4), jvp=model.pairwise_jvp)
+        loss, _ = meanflow_loss(h, v, z_0, eps, t, y, s, eta, rows=slice(None, None, 4), jvp=model.jvp_by_parts)
         loss.backward()
         assert graphs() == 9, eta
 

@@ -219,8 +219,8 @@ def run(place, *arguments, samples="samples.npz", net="net.pt"):
     try:
         main([*inputs, *network, *map(str, arguments)])
     finally:
-        while model.HELD:                         # locks, as the end of the process would give them back
-            model.HELD.pop().close()
+        while model.LOCKS:                         # locks, as the end of the process would give them back
+            model.LOCKS.pop().close()
     return json.loads(out.read_text()) if out.exists() else None
 
 

@@ -10,8 +10,9 @@ import torch
 import model
 import train_cmt
 from docs.experiments import meaning, published, run
+from sanity import synthetic
 
-SMALL = "--synthetic --preset DiTDH-mini --batch-size 4 --steps 1"
+SMALL = "--teacher DATA/teacher --out OUT --batch-size 4 --steps 1 --save-every 0"
 
 
 @pytest.mark.parametrize("letter", run.EXPERIMENTS)
@@ -85,9 +86,18 @@ def test_published_ingredients(monkeypatch):
     assert pool.times.tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
-@pytest.mark.parametrize("ingredients, stage", [("labels,embedding", f"train_meanflow.py {SMALL}"),
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = tmp_path_factory.mktemp("synthetic")
+    synthetic.write_latents(data / "latents", (12, 4, 4), 3, 16, 64)
+    synthetic.write_teacher(data / "teacher", data / "latents", 3, "DiTDH-mini")
+    return data
+
+
+@pytest.mark.parametrize("ingredients, stage", [("labels,embedding", f"train_meanflow.py --latents DATA/latents --init DATA/teacher {SMALL}"),
                                                 ("times", f"train_cmt.py {SMALL} --pairs 4 --pool-age 4 --teacher-steps 2")])
-def test_published_runs(ingredients, stage):
+def test_published_runs(data, tmp_path, ingredients, stage):
+    stage = stage.replace("DATA", str(data)).replace("OUT", str(tmp_path / "out"))
     argv = [sys.executable, "docs/experiments/published.py", ingredients, *stage.split()]
     result = subprocess.run(argv, cwd=run.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -7,8 +7,9 @@ import torch
 from runs import encode, log, random_images, save_decoder, train
 
 import sample
-from model import load_network, pairwise_jvp, read_json
 import train_meanflow
+from model import Log, jvp_by_parts, load_network, read_json, read_log
+from sanity.synthetic import write_latents, write_teacher
 from train_meanflow import meanflow_loss
 
 
@@ -23,7 +24,7 @@ def loss_and_gradient(published, device, derivative, autocast=False):
         return h(z, t, y, s)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         loss, _ = meanflow_loss(h, v, z, eps, t, y, s, derivative=derivative, loss_form="mean",
-                                loss_power=0.0, h_fixed=fixed, jvp=pairwise_jvp)
+                                loss_power=0.0, h_fixed=fixed, jvp=jvp_by_parts)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten().cpu() for p in h.parameters() if p.grad is not None])
 
@@ -58,8 +59,8 @@ def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
         assert len(log(out)) == 6 and all(line["memory_gb"] > 0 for line in log(out)), stage
         before = load_network(out)[0].state_dict()
         (out / "state_00000006.safetensors").unlink()
-        train(tmp_path, stage, out, "--resume", *more)        # from step 3
-        assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
+        train(tmp_path, stage, out, *more)                    # from step 3
+        assert [line["step"] for line in read_log(out)] == [1, 2, 3, 4, 5, 6]
         for name, tensor in load_network(out)[0].state_dict().items():
             # Six steps move a weight by up to 6e-3.
             assert torch.allclose(tensor, before[name], rtol=0, atol=1e-3), (stage, name)
@@ -77,16 +78,19 @@ def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
     assert abs(images[0] - images[1]).max() <= 1
 
 
-def test_nothing_waits_for_the_device_within_a_step(gpu, monkeypatch):
+def test_nothing_waits_for_the_device_within_a_step(gpu, tmp_path, monkeypatch):
     """torch raises where a step would synchronize; the log, once in three steps, may. Not run on a GPU yet (2026-11-27)."""
-    log = train_meanflow.log
+    write = Log.write
 
-    def logging(*args):
+    def writing(*args):
         torch.cuda.set_sync_debug_mode("default")
-        log(*args)
+        write(*args)
         torch.cuda.set_sync_debug_mode("error")
-    monkeypatch.setattr(train_meanflow, "log", logging)
+    monkeypatch.setattr(Log, "write", writing)
+    write_latents(tmp_path / "latents", (64, 4, 4), 10, 64, 64)
+    write_teacher(tmp_path / "teacher", tmp_path / "latents", 10, "DiTDH-mini")
     try:
-        train_meanflow.main("--synthetic --preset DiTDH-mini --batch-size 8 --steps 6 --log-every 3".split())
+        train_meanflow.main([*f"--latents {tmp_path}/latents --teacher {tmp_path}/teacher --init {tmp_path}/teacher".split(),
+                             *f"--out {tmp_path}/out --batch-size 8 --steps 6 --log-every 3 --save-every 0".split()])
     finally:
         torch.cuda.set_sync_debug_mode("default")

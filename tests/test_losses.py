@@ -15,7 +15,7 @@ import train_cmt
 import train_meanflow
 import train_teacher
 from model import (
-    DiTDH, InputError, apply_part, guided, long_jumps, ode_times, pairwise_jvp, solve_ode, time_shift)
+    DiTDH, InputError, apply_part, guided, jvp_by_parts, long_jumps, ode_times, solve_ode, time_shift)
 
 
 def alone(stage):
@@ -55,7 +55,7 @@ def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
             assert float(weight.grad.square().mean().sqrt()) == pytest.approx(figure[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("jvp", [torch.func.jvp, pairwise_jvp])
+@pytest.mark.parametrize("jvp", [torch.func.jvp, jvp_by_parts])
 @pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
 def test_published_exact_derivative(figures, published, eta, name, jvp):
     """dh/dt itself, as the loss takes it, element by element."""
@@ -79,7 +79,7 @@ def test_compiled_derivative_can_be_traced_on_a_gpu(published):
     try:
         eager = transport_derivative(net, *x)
         net.compile(backend=backend)
-        dh_dt = transport_derivative(net, *x, jvp=pairwise_jvp)
+        dh_dt = transport_derivative(net, *x, jvp=jvp_by_parts)
     finally:
         net.apply_part = apply_part
         net.double()
@@ -239,7 +239,7 @@ def test_losses_of_vectors():
             loss, numbers = loss_of(bent(theta), *latents)
             results.append([loss.detach(), torch.autograd.grad(loss, theta)[0], *numbers.values()])
         for got, wanted in zip(*results, strict=True):
-            torch.testing.assert_close(got, wanted, msg=lambda text, k=k: f"case {k}: {text}")
+            torch.testing.assert_close(got, wanted, equal_nan=True, msg=lambda text, k=k: f"case {k}: {text}")
 
 
 def test_mft_has_mfds_gradient_in_expectation():
@@ -458,7 +458,6 @@ def test_numbers_for_the_log(eta):
     t, s = pairs_of_times(n)
     jump = torch.arange(n) % 4 == 0
     s = torch.where(jump, s, t)
-    s[4], jump[4] = t[4], False                   # one of `rows`, and no jump after all
     theta, bias = torch.linspace(0.1, 1, n).double()[:, None, None, None], 0.3
 
     def student(z, t, y, s):                      # for some of the rows, too
@@ -470,11 +469,11 @@ def test_numbers_for_the_log(eta):
     w = (1 - eta) * (eps - z_0) + eta * (v + bias)
     derivative = v - h + per_row(1 - (spread(s) / spread(t)).sqrt(), z_t) * (w - v)
     mse = [float((row ** 2).mean()) for row in h + theta - (w - derivative)]
-    wanted = {"loss": sum(mse) / n, "mse": sum(mse) / n,
-              "mse_flow": [sum(x for x, j in zip(mse, jump, strict=True) if not j), n - 3],
-              "mse_jump": [sum(x for x, j in zip(mse, jump, strict=True) if j), 3],
-              "rms_w": float(w.square().mean().sqrt()),
-              "rms_correction": float(derivative[::4].square().mean().sqrt())}
+    wanted = {"mse": sum(mse) / n,
+              "mse_flow": sum(x for x, j in zip(mse, jump, strict=True) if not j) / 12,
+              "mse_jump": sum(x for x, j in zip(mse, jump, strict=True) if j) / 4,
+              "ms_w": float(w.square().mean()),
+              "ms_correction": float(derivative[::4].square().mean())}
     assert {name: x.tolist() for name, x in numbers.items()} == {
         name: pytest.approx(x, rel=1e-9) for name, x in wanted.items()}
     assert not any(x.requires_grad for x in numbers.values())
@@ -533,9 +532,6 @@ def test_guidance(published):
         torch.testing.assert_close(guided(teacher, 2.5, (0.3, 0.8))(z, t, y),
                                    torch.where(inside, free + 2.5 * (v - free), v))
         torch.testing.assert_close(guided(teacher, 2.5)(z, t, none), free)
-    assert guided(teacher) is teacher and guided(teacher, 1.0, (0.3, 0.8)) is teacher
-    with pytest.raises(InputError, match="without --guidance"):
-        guided(teacher, weak=weak)
     with pytest.raises(InputError, match="the lower time comes first"):
         guided(teacher, 2.5, (0.8, 0.3))
     other = DiTDH(4, 8, (24, 40), (1, 1), (2, 2), teacher.num_classes + 1)

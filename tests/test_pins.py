@@ -17,20 +17,16 @@ import sample
 import train_cmt
 import train_meanflow
 import train_teacher
-from runs import STAGES, TINY, arguments, lively, log, run_on, save_decoder, train, watch, weights
+from runs import STAGES, TINY, arguments, lively, log, run_on, save_decoder, state, train, watch
 from sanity import random_encoder
 from test_eval_fid import Small, draw
 
-GO_ON = ["--resume"]
 
 
-def state(folder, step):
-    """{"net": {parameter: tensor}, "average": ..., "exp_avg": ..., "exp_avg_sq": ...} after a step."""
-    parts = {}
-    for name, tensor in weights(folder, f"state_{step:08d}.safetensors").items():
-        part, _, parameter = name.partition("/")
-        parts.setdefault(part, {})[parameter] = tensor.double()
-    return parts
+def parts_of(folder, step):
+    """{"net": {parameter: tensor}, "ema": ..., "exp_avg": ..., "exp_avg_sq": ...} after a step, in double precision."""
+    return {part.removeprefix("optimizer/"): {name: tensor.double() for name, tensor in tensors.items()}
+            for part, tensors in state(folder, step).items()}
 
 
 @pytest.mark.parametrize("clip", [0.01, 100])
@@ -41,13 +37,13 @@ def test_a_step_replayed(home, tmp_path, stage, clip):
     start = [] if stage == "teacher" else ["--teacher", lively(home, tmp_path / "teacher")]
     train(home, stage, tmp_path / "out", "--steps", "4", "--save-every", "1", "--ema", "0.8", "--clip", clip,
           "--lr-final", "5e-4", *start)
-    lines, before = log(tmp_path / "out"), state(tmp_path / "out", 1)
+    lines, before = log(tmp_path / "out"), parts_of(tmp_path / "out", 1)
     assert all(0.02 < line["grad_norm"] < 50 for line in lines)                   # all are clipped, or none
     assert len({line["lr"] for line in lines}) > 1
     for step in (2, 3, 4):
-        after, line = state(tmp_path / "out", step), lines[step - 1]
-        trained = after["average"].keys()
-        assert trained == after["exp_avg"].keys() == after["exp_avg_sq"].keys() < after["net"].keys()
+        after, line = parts_of(tmp_path / "out", step), lines[step - 1]
+        trained = after["exp_avg"].keys()
+        assert trained == after["exp_avg_sq"].keys() < after["net"].keys() == after["ema"].keys()
         g = {name: (after["exp_avg"][name] - 0.9 * before["exp_avg"][name]) / 0.1 for name in trained}
         norm = torch.cat([x.flatten() for x in g.values()]).norm().item()
         assert norm == pytest.approx(min(clip, line["grad_norm"]), rel=1e-4)
@@ -62,23 +58,21 @@ def test_a_step_replayed(home, tmp_path, stage, clip):
             torch.testing.assert_close(square, wanted, rtol=1e-4, atol=1e-6 * wanted.max().item())
             # weight decay of 0.01 would take 1e-5 of a weight at this learning rate
             torch.testing.assert_close(after["net"][name], p.detach(), rtol=1e-6, atol=1e-6)
-            average = 0.8 * before["average"][name] + 0.2 * after["net"][name]
-            torch.testing.assert_close(after["average"][name], average, rtol=1e-6, atol=1e-7)
+            average = 0.8 * before["ema"][name] + 0.2 * after["net"][name]
+            torch.testing.assert_close(after["ema"][name], average, rtol=1e-6, atol=1e-7)
         before = after
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_saved_network_is_the_average(home, tmp_path, stage):
-    """model.safetensors, what the next stage and sample.py read: the average where there is one."""
+def test_a_state_as_a_network_is_the_average(home, tmp_path, stage):
+    """What the next stage and sample.py read."""
     train(home, stage, tmp_path, "--steps", "2", "--ema", "0.5")
-    saved, last = weights(tmp_path), weights(tmp_path, "state_00000002.safetensors")
-    average = {name[8:]: tensor for name, tensor in last.items() if name.startswith("average/")}
-    net = {name[4:]: tensor for name, tensor in last.items() if name.startswith("net/")}
-    assert saved.keys() == net.keys() > average.keys() and len(average) > 30
-    assert all(torch.equal(tensor, average.get(name, net[name])) for name, tensor in saved.items())
-    assert sum(not torch.equal(saved[name], net[name]) for name in average) > 5   # zeros keep others still
-    loaded = model.load_network(tmp_path)[0].state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
+    last = state(tmp_path)
+    assert last["ema"].keys() == last["net"].keys() > last["optimizer/exp_avg"].keys()
+    assert sum(not torch.equal(x, last["net"][name]) for name, x in last["ema"].items()) > 5  # zeros keep others still
+    for source in (tmp_path, tmp_path / "state_00000002.safetensors"):
+        loaded = model.load_network(source)[0].state_dict()
+        assert all(torch.equal(x, loaded[name]) for name, x in last["ema"].items())
 
 
 def test_heun_takes_half_as_many_steps():
@@ -157,7 +151,7 @@ def test_precision_sees_evenly_spread_reference_images(tmp_path):
         statistics = tmp_path / f"{count}.safetensors"
         eval_fid.main(["--reference", f"{tmp_path}/reference.npz", "--inception", f"{tmp_path}/net.pt",
                        "--pr-images", str(count), "--micro-batch", "4", "--save-statistics", str(statistics)])
-        return model.read_tensors(statistics)[0]["features"]
+        return model.read_tensors(statistics)[0][""]["features"]
     every = features(31)
     assert len(every) == len(every.unique(dim=0)) == 31 and torch.equal(features(1000), every)
     for count in (4, 12, 30):
@@ -299,12 +293,12 @@ def test_the_gradients_norm_in_the_log(home, tmp_path, monkeypatch):
     """grad_norm is the mean, grad_norm_max the largest finite one; one that is not finite ends the run, unsaved, whatever the loss is."""
     norms = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(norms.pop(0)))
-    norms[:] = [1.0, 6.0, 2.0]
-    train(home, "teacher", tmp_path / "finite", "--steps", "3", "--log-every", "3")
+    norms[:] = [9.0, 1.0, 6.0, 2.0]
+    train(home, "teacher", tmp_path / "finite", "--steps", "4", "--log-every", "4")
     assert (log(tmp_path / "finite")[-1]["grad_norm"], log(tmp_path / "finite")[-1]["grad_norm_max"]) == (3, 6)
-    norms[:] = [1.0, float("nan"), 2.0]
+    norms[:] = [1.0, 1.0, float("nan"), 2.0]
     with pytest.raises(model.InputError, match="not finite"):
-        train(home, "teacher", tmp_path / "nan", "--steps", "3", "--log-every", "3")
+        train(home, "teacher", tmp_path / "nan", "--steps", "4", "--log-every", "4")
     line = log(tmp_path / "nan")[-1]
     assert line["grad_norm"] is None and line["grad_norm_max"] == 2 and line["loss"] > 0 and not list((tmp_path / "nan").glob("state_*"))
 
@@ -317,7 +311,7 @@ def test_seconds_are_of_all_training_and_not_of_saving(home, tmp_path, monkeypat
     first = log(tmp_path)[-1]["seconds"]
     assert 0.6 <= first < 1.5                     # three steps, and not two saves
     monkeypatch.setattr(train_teacher, "flow_matching_loss", loss)
-    train(home, "teacher", tmp_path, "--steps", "4", *GO_ON)
+    train(home, "teacher", tmp_path, "--steps", "4")
     assert first < log(tmp_path)[-1]["seconds"] < first + 0.5
 
 
@@ -356,10 +350,10 @@ def test_files_are_on_the_disk_before_they_have_their_name(home, tmp_path, monke
         train(home, "teacher", tmp_path / "run", "--steps", "1")
     finally:
         os.umask(before)
-    state, = (tmp_path / "run").glob("state_*")
-    at = next(i for i, call in enumerate(calls) if call[0] == "replace" and call[2] == str(state))
+    saved, = (tmp_path / "run").glob("state_*")
+    at = next(i for i, call in enumerate(calls) if call[0] == "replace" and call[2] == str(saved))
     beside = calls[at][1]
-    assert calls[at - 1] == ("fsync", beside, state.stat().st_size) and calls[at + 1][:2] == ("fsync", str(tmp_path / "run"))
+    assert calls[at - 1] == ("fsync", beside, saved.stat().st_size) and calls[at + 1][:2] == ("fsync", str(tmp_path / "run"))
     assert {oct(path.stat().st_mode)[-3:] for path in (tmp_path / "run").iterdir()} == {"640"}
 
 
@@ -389,5 +383,5 @@ def test_precision_and_recall_of_several_processes(tmp_path):
                 "13", "--micro-batch", "4", "--out", f"{tmp_path}/{world}.json", "--save-statistics", f"{tmp_path}/{world}.safetensors"]
         run_on(world, eval_fid.main, argv) if world > 1 else eval_fid.main(argv)
         figures.append(json.loads((tmp_path / f"{world}.json").read_text())["metrics"])
-    one, three = (weights(tmp_path, f"{world}.safetensors")["features"] for world in (1, 3))
+    one, three = (model.read_tensors(tmp_path / f"{world}.safetensors")[0][""]["features"] for world in (1, 3))
     assert torch.equal(one, three) and figures[0] == pytest.approx(figures[1], rel=1e-9) and 0 < figures[0]["recall"] < 1

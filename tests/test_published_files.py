@@ -1,4 +1,4 @@
-"""Published files: names, shapes and counts; loading, strictly; the AutoencoderRAE layout of diffusers; what must be refused."""
+"""Published files: names, shapes and counts; loading, strictly; what is handed on, to us and to diffusers; what must be refused."""
 import json
 import os
 from pathlib import Path
@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import encode_latents
 import model
-from sanity.export_autoencoder import export_autoencoder
+import sample
+from runs import let_go, save_decoder, save_network, train
+from sanity import export
 
 HERE = Path(__file__).resolve().parent
 XL = dict(in_channels=768, num_classes=1000, **model.DIT_PRESETS["DiTDH-XL"])
@@ -54,11 +56,19 @@ def test_512_px():
     assert other == {"pos_embed", *(f"{tower}_feat_rope.freqs_{f}" for tower in ("enc", "dec") for f in ("cos", "sin"))}
 
 
-@pytest.mark.parametrize("name", model.DIT_PRESETS)
-def test_sizes_are_read_off_a_file(name):
-    with torch.device("meta"):
-        sizes = dict(input_size=16, in_channels=768, num_classes=1000, **model.DIT_PRESETS[name])
-        assert model.dit_arguments(model.DiTDH(**sizes).state_dict()) == sizes
+@pytest.mark.parametrize("name", ["DiTDH-mini", "one width"])
+@pytest.mark.parametrize("student", [False, True])
+def test_sizes_are_read_off_a_file(tmp_path, name, student):
+    """But for the head's depth where both towers have one width: a run's state says it."""
+    sizes = model.DIT_PRESETS.get(name, dict(hidden_size=(48, 48), depth=(3, 1), num_heads=(2, 3)))
+    net = model.DiTDH(4, 12, **sizes, num_classes=7, time_difference=student)
+    save_network(tmp_path, net, {"head_depth": net.depth[1]}, None)
+    loaded, about = model.load_network(tmp_path)
+    assert (loaded.depth, loaded.shape, loaded.num_classes) == (sizes["depth"], (12, 4, 4), 7)
+    assert about["kind"] == ("student" if student else "teacher")
+    z, t, y = torch.randn(2, 12, 4, 4), torch.rand(2), torch.tensor([0, 6])
+    s = (t / 2,) if student else ()
+    assert torch.equal(net(z, t, y, *s), loaded(z, t, y, *s))
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------------------
@@ -78,9 +88,10 @@ def test_published_forms_of_a_file(teacher, tmp_path, form):
         save_file(state, path)
     else:
         torch.save(state if form == "bare" else {form: state, "step": 3, **({"model": {}} if form == "ema" else {})}, path)
-    net, config, stats = model.load_network(path)
+    net, about = model.load_network(path)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), state.values(), strict=True))
-    assert config["kind"] == "teacher" and config["time_shift"] == 1 and stats is None
+    assert (about["kind"], about["time_shift"], about["stats"], about["classes"]) == ("teacher", 1, None, None)
+    assert about["sha256"] == model.digest_of(state)
 
 
 def test_trained_position_tables_are_used(teacher, tmp_path, capsys):
@@ -93,8 +104,8 @@ def test_trained_position_tables_are_used(teacher, tmp_path, capsys):
 
 def test_new_classes(teacher, tmp_path, capsys):
     torch.save(teacher.state_dict(), tmp_path / "net.pt")
-    net, config, _ = model.load_network(tmp_path / "net.pt", "teacher", new="y_embedder.", num_classes=7)
-    assert net.num_classes == config["network"]["num_classes"] == 7 and "y_embedder.embedding_table" in capsys.readouterr().out
+    net, _ = model.load_network(tmp_path / "net.pt", "teacher", num_classes=7)
+    assert net.num_classes == 7 and "y_embedder.embedding_table" in capsys.readouterr().out
     assert torch.equal(net.t_embedder.W, teacher.t_embedder.W)
 
 
@@ -118,11 +129,11 @@ def test_published_statistics(tmp_path):
     """Their mean may be None and stands for 0."""
     var = torch.rand(8, 4, 4)
     torch.save({"mean": None, "var": var}, tmp_path / "stat.pt")
-    mean, got = model.load_stats(tmp_path / "stat.pt")
-    assert got.dtype == torch.float64 and torch.equal(got.float(), var) and not mean.any()
+    stats = model.load_stats(tmp_path / "stat.pt")
+    assert stats["var"].dtype == torch.float64 and torch.equal(stats["var"].float(), var) and not stats["mean"].any()
     z = torch.randn(2, 8, 4, 4)
-    assert torch.allclose(model.normalize(z, (mean, got)), z / (var + 1e-5).sqrt())
-    assert torch.allclose(model.denormalize(model.normalize(z, (mean, got)), (mean, got)), z, atol=1e-6)
+    assert torch.allclose(model.normalize(z, stats), z / (var + 1e-5).sqrt())
+    assert torch.allclose(model.denormalize(model.normalize(z, stats), stats), z, atol=1e-6)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------------------
@@ -140,12 +151,13 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
             model.load_network(path, "teacher")
         assert "\n" not in str(error.value)
     bias = "blocks.0.attn.proj.bias"
-    refused(rf"1 tensors: {bias} is missing \(32,\)", {k: v for k, v in state.items() if k != bias})
-    refused(r"extra is unexpected \(3,\)", {**state, "extra": torch.zeros(3)})
+    refused(f"Missing key.*{bias}", {k: v for k, v in state.items() if k != bias})
+    refused("Unexpected key.*extra", {**state, "extra": torch.zeros(3)})
     w3 = "blocks.0.mlp.w3.weight"
-    refused(rf"{w3} is \(85, 32\), wanted \(32, 85\)", {**state, w3: state[w3].T.contiguous()})
+    refused(rf"size mismatch for {w3}.*\[85, 32\].*\[32, 85\]", {**state, w3: state[w3].T.contiguous()})
     refused("run code", {**state, "x": Runs()})
-    refused("no state dict", {"weights": [1, 2]})
+    refused("no DiTDH", {"weights": [1, 2]})
+    refused("cannot read", [1, 2])
     torch.save(state, path)
     for cut in (path.stat().st_size // 2, 100, 0):
         os.truncate(path, cut)
@@ -155,48 +167,57 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     os.truncate(tmp_path / "net.safetensors", 5000)
     with pytest.raises(model.InputError, match="cut short"):
         model.load_network(tmp_path / "net.safetensors")
-    with pytest.raises(model.InputError, match="a teacher, a student is needed"):
-        torch.save(state, path)
-        model.load_network(path, "student")
+    torch.save(model.DiTDH(**TINY, time_difference=True).state_dict(), path)
+    with pytest.raises(model.InputError, match="is a student, a teacher is needed"):
+        model.load_network(path, "teacher")
+
+
+# ---- what is handed on -----------------------------------------------------------------------------------------------------------
+def test_a_slim_network(home, tmp_path):
+    """Of a run: the average under published names, in one file of bare tensors; the same network to whatever comes after."""
+    export.main([f"{home}/cmt", "--out", f"{tmp_path}/slim"])
+    let_go()
+    names = {path.name for path in (tmp_path / "slim").iterdir()} - {".lock"}
+    assert names == {"model.safetensors", "config.json"}
+    whole, about = model.load_network(home / "cmt")
+    for source in (tmp_path / "slim", tmp_path / "slim" / "model.safetensors"):
+        net, said = model.load_network(source)
+        assert all(torch.equal(x, net.state_dict()[name]) for name, x in whole.state_dict().items())
+        assert said["sha256"] == about["sha256"] and said["time_shift"] == 3 and said["step"] == 6
+        assert all(torch.equal(said["stats"][name], x) for name, x in about["stats"].items())
+    content = load_file(tmp_path / "slim" / "model.safetensors")
+    assert content.keys() == whole.state_dict().keys() | {"stats/mean", "stats/var"}
+    assert "out" not in json.loads((tmp_path / "slim" / "config.json").read_text())["settings"]
+    export.main([f"{home}/cmt", "--out", f"{tmp_path}/slim"])                         # again: the same
+    let_go()
+    with pytest.raises(model.InputError, match="holds another network"):
+        export.main([f"{home}/teacher", "--out", f"{tmp_path}/slim"])
+    let_go()
+    with pytest.raises(model.InputError, match="holds something else"):
+        export.main([f"{home}/teacher", "--out", f"{home}/cmt"])
+    train(home, "meanflow", tmp_path / "run", "--steps", "2")
+    train(home, "meanflow", tmp_path / "run", "--steps", "3", "--init", tmp_path / "slim")
+    save_decoder(home, tmp_path / "decoder")
+    for name, source in (("a", home / "cmt"), ("b", tmp_path / "slim")):
+        sample.main([str(source), "--decoder", f"{tmp_path}/decoder", "--num-samples", "3", "--out", f"{tmp_path}/{name}.npz"])
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_a_turned_bit_is_noticed(teacher, tmp_path):
-    stats = torch.zeros(8, 4, 4), torch.ones(8, 4, 4)
-    model.save_network(tmp_path / "net", teacher.state_dict(), {"kind": "teacher", "network": TINY}, stats)
-    model.load_network(tmp_path / "net")
-    for name in ("model.safetensors", "latent_stats.safetensors"):
-        content = bytearray((tmp_path / "net" / name).read_bytes())
-        content[-7] ^= 16
-        (tmp_path / "net" / name).write_bytes(content)
-        with pytest.raises(model.InputError, match=f"{name} is damaged"):
-            model.load_network(tmp_path / "net")
-        content[-7] ^= 16
-        (tmp_path / "net" / name).write_bytes(content)
+    stats = {"mean": torch.zeros(8, 4, 4), "var": torch.ones(8, 4, 4)}
+    save_network(tmp_path, teacher, {}, stats)
+    path = tmp_path / "model.safetensors"
+    model.load_network(tmp_path)
+    header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+    for place in (header, header + 5000, -7):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 16
+        (tmp_path / "damaged.safetensors").write_bytes(content)
+        with pytest.raises(model.InputError, match="damaged.safetensors is damaged"):
+            model.load_network(tmp_path / "damaged.safetensors")
 
 
-def test_a_changed_description_is_noticed(teacher, tmp_path):
-    """What only programs write, JSON and the headers of tensor files, has a digest; config.json may be edited by hand."""
-    stats = torch.zeros(8, 4, 4), torch.ones(8, 4, 4)
-    model.save_network(tmp_path, teacher.state_dict(), {"kind": "teacher", "network": TINY, "time_shift": 4.0}, stats)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace("4.0", "5.0"))
-    assert model.load_network(tmp_path)[1]["time_shift"] == 5
-    model.write_json(tmp_path / "about.json", {"count": 4})
-    text = (tmp_path / "about.json").read_text()
-    (tmp_path / "about.json").write_text(text.replace("4", "5", 1))
-    with pytest.raises(model.InputError, match="about.json has changed since it was written"):
-        model.read_json(tmp_path / "about.json")
-    (tmp_path / "about.json").write_text(json.dumps({**json.loads(text), "sha256": None}))
-    assert model.read_json(tmp_path / "about.json") == {"count": 4}
-    path = tmp_path / "state.safetensors"
-    model.write_tensors(path, {"x": torch.ones(3)}, {"step": "31"})
-    assert model.read_tensors(path)[1]["step"] == "31"
-    path.write_bytes(path.read_bytes().replace(b'"31"', b'"37"'))
-    with pytest.raises(model.InputError, match="is damaged"):
-        model.read_tensors(path)
-
-
-# ---- the AutoencoderRAE layout -------------------------------------------------------------------------------------------------
+# ---- diffusers' AutoencoderRAE -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     """A DINOv2 with random weights in a folder, our encoder over it, a decoder at 16 x 16 tokens, statistics; and their export."""
@@ -213,8 +234,8 @@ def autoencoder(tmp_path_factory):
     for p in decoder.parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
-    stats = (torch.randn(64, 16, 16).double(), 0.5 + torch.rand(64, 16, 16).double())
-    export_autoencoder(home / "rae", decoder, stats, encoder)
+    stats = {"mean": torch.randn(64, 16, 16).double(), "var": 0.5 + torch.rand(64, 16, 16).double()}
+    export.export_autoencoder(home / "rae", decoder, stats, encoder)
     return home, encoder, decoder, stats
 
 
@@ -255,26 +276,6 @@ def test_diffusers_decodes_what_a_student_makes(autoencoder, monkeypatch):
         pixels = decoder(model.denormalize(z_0, stats))
     assert (names["images"] - pixels).norm() < 1e-3 * pixels.norm()
     assert DECODE.strip() in (HERE.parent / "docs" / "PUBLISHED.md").read_text()
-
-
-@torch.no_grad()
-def test_from_diffusers(autoencoder, tmp_path):
-    """The other direction: a folder that diffusers itself wrote."""
-    diffusers = pytest.importorskip("diffusers")
-    home, encoder, decoder, stats = autoencoder
-    diffusers.AutoencoderRAE.from_pretrained(home / "rae").save_pretrained(tmp_path / "theirs")
-    again, got = model.load_decoder(tmp_path / "theirs")
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), decoder.state_dict().values(), strict=True))
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, stats, strict=True))
-
-
-def test_autoencoder_round_trip_is_bit_identical(autoencoder, tmp_path):
-    home, encoder, decoder, stats = autoencoder
-    again, got = model.load_decoder(home / "rae")
-    export_autoencoder(tmp_path / "again", again, got, encoder)
-    a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (home / "rae", tmp_path / "again"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert json.loads((home / "rae/config.json").read_text()) == json.loads((tmp_path / "again/config.json").read_text())
 
 
 # ---- what they cost ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT, STAGES, arguments, close, log, run_on, train, train_on, weights
+from runs import ROOT, STAGES, about, arguments, close, log, run_on, state, train, train_on, weights
 
 import model
 import train_meanflow
@@ -25,23 +25,21 @@ def test_splitting_changes_nothing(home, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stopped_and_resumed_is_bit_identical(home, tmp_path, stage):
-    """Stopped at step 3, the newest state (of step 5, say) damaged, resumed: the weights, states and log of the undisturbed run."""
+def test_stopped_and_gone_on_is_bit_identical(home, tmp_path, stage):
+    """The states of steps 5 and 6 are gone, say, when the same command is repeated: it ends as the undisturbed run."""
     train(home, stage, tmp_path / "whole")
     train(home, stage, tmp_path / "parts", "--save-every", "1", "--keep", "3")
     states = sorted((tmp_path / "parts").glob("state_*"))
     assert [p.name for p in states] == [f"state_{k:08d}.safetensors" for k in (4, 5, 6)]
-    states[2].unlink()                            # killed before the last state was there,
-    content = bytearray(states[1].read_bytes())   # and one bit of the one before it has turned since
-    content[-5] ^= 1
-    states[1].write_bytes(content)
-    train(home, stage, tmp_path / "parts", "--save-every", "1", "--resume")
-    a, b = (weights(tmp_path / run, "state_00000006.safetensors") for run in ("whole", "parts"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (weights(tmp_path / run) for run in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
-    assert [line["loss"] for line in log(tmp_path / "parts")] == [line["loss"] for line in log(tmp_path / "whole")]
+    states[2].unlink()
+    states[1].unlink()
+    train(home, stage, tmp_path / "parts", "--save-every", "1")
+    a, b = (state(tmp_path / run, 6) for run in ("whole", "parts"))
+    assert a.keys() == b.keys() == {"ema", "net", "optimizer/exp_avg", "optimizer/exp_avg_sq", "stats"}
+    assert all(a[part].keys() == b[part].keys() and torch.equal(a[part][k], b[part][k]) for part in a for k in a[part])
+    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6, 5, 6]        # it only grows
+    a, b = ([(line["step"], line["loss"]) for line in model.read_log(tmp_path / run)] for run in ("whole", "parts"))
+    assert a == b
 
 
 def test_two_processes_go_on_as_one_and_back(home, tmp_path):
@@ -51,10 +49,10 @@ def test_two_processes_go_on_as_one_and_back(home, tmp_path):
     train_on(2, home, "meanflow", parts, "--save-every", "2")
     for path in [*parts.glob("state_0000000[46]*")]:
         path.unlink()
-    train(home, "meanflow", parts, "--save-every", "2", "--resume", "--micro-batch", "8")
+    train(home, "meanflow", parts, "--save-every", "2", "--micro-batch", "8")
     (parts / "state_00000006.safetensors").unlink()
-    train_on(2, home, "meanflow", parts, "--save-every", "2", "--resume")
-    assert [line["step"] for line in log(parts)] == [1, 2, 3, 4, 5, 6]
+    train_on(2, home, "meanflow", parts, "--save-every", "2")
+    assert [line["step"] for line in model.read_log(parts)] == [1, 2, 3, 4, 5, 6]
     assert close(weights(tmp_path / "whole"), weights(parts), 1e-5)
 
 
@@ -77,16 +75,17 @@ def test_what_a_run_leaves_behind(home):
     run = json.loads((home / "cmt" / "run.json").read_text())
     assert run["settings"]["teacher"] == f"{home}/teacher" and {"command", "torch", "host", "device", "date"} <= run.keys()
     assert {"step", "loss", "mse", "grad_norm", "lr", "samples_per_second", "seconds"} <= log(home / "cmt")[0].keys()
-    config = json.loads((home / "cmt" / "config.json").read_text())
-    assert config["kind"] == "student" and config["time_shift"] == 3 and config["classes"] == ["class0", "class1", "class2"]
+    said = about(home / "cmt")
+    assert said["kind"] == "student" and said["time_shift"] == 3 and said["classes"] == ["class0", "class1", "class2"]
 
 
-def test_what_a_resumed_run_may_change(home, tmp_path):
+def test_what_a_run_that_goes_on_may_change(home, tmp_path, capsys):
     train(home, "teacher", tmp_path / "out")
-    train(home, "teacher", tmp_path / "out", "--resume", "--steps", "8", "--lr", "1e-4", "--lr-final", "1e-5", "--clip", "0.5")
+    train(home, "teacher", tmp_path / "out", "--steps", "8", "--lr", "1e-4", "--lr-final", "1e-5", "--clip", "0.5")
+    assert "--steps was 6: the learning rate now falls over 8" in capsys.readouterr().out
     assert log(tmp_path / "out")[-1]["lr"] == pytest.approx(1e-5)                 # reached at the last step
     with pytest.raises(model.InputError, match="holds other work.*seed: 0 there, 1 now"):
-        train(home, "teacher", tmp_path / "out", "--resume", "--seed", "1")
+        train(home, "teacher", tmp_path / "out", "--seed", "1")
 
 
 def test_a_broken_state_is_never_saved(home, tmp_path):
@@ -104,6 +103,6 @@ def test_a_signal_saves_and_stops(home, tmp_path):
     assert '"step": 1' in child.stdout.readline()
     child.terminate()
     rest = child.communicate(timeout=60)[0]
-    assert child.returncode == 128 + 15 and "--resume goes on" in rest, rest
+    assert child.returncode == 128 + 15 and "the same command goes on" in rest, rest
     states = list((tmp_path / "out").glob("state_*"))
-    assert len(states) == 1 and int(model.read_tensors(states[0])[1]["step"]) == log(tmp_path / "out")[-1]["step"]
+    assert len(states) == 1 and about(tmp_path / "out")["step"] == log(tmp_path / "out")[-1]["step"]

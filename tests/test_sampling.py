@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runs import let_go, run_on
+from runs import let_go, run_on, save_network
 
 import model
 import sample
@@ -20,7 +20,7 @@ DECODER = dict(input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=
 # Of RandomState(Philox(key)) as numpy has it since 1.17.
 PINNED = [[0.7384266, -0.8476236, 0.6359275], [1.9901521, -0.626277, -0.9110656]]
 LABELS = [293, 233]
-STATS = torch.zeros(12, 4, 4), torch.ones(12, 4, 4)
+STATS = {"mean": torch.zeros(12, 4, 4).double(), "var": torch.ones(12, 4, 4).double()}
 
 
 def shaken(net, seed):
@@ -31,11 +31,10 @@ def shaken(net, seed):
     return net
 
 
-def save_network(folder, kind, seed=0):
+def save(folder, kind, seed=0, **more):
     torch.manual_seed(seed)
     net = shaken(model.DiTDH(**SIZES, time_difference=kind == "student"), seed)
-    config = {"kind": kind, "network": SIZES, "time_shift": 3.0, "classes": ["cat", "dog", "2"]}
-    model.save_network(folder, net.state_dict(), config, STATS)
+    save_network(folder, net, {"time_shift": 3.0, "classes": ["cat", "dog", "2"], **more}, STATS)
     return net
 
 
@@ -44,10 +43,9 @@ def place(tmp_path_factory):
     """A teacher, a weaker one, a student and a decoder, with random weights."""
     place = tmp_path_factory.mktemp("sampling")
     for name, kind, seed in (("teacher", "teacher", 0), ("weak", "teacher", 1), ("student", "student", 2)):
-        save_network(place / name, kind, seed)
+        save(place / name, kind, seed)
     torch.manual_seed(3)
-    decoder = shaken(model.ViTDecoder(**DECODER), 3)
-    model.save_network(place / "decoder", decoder.state_dict(), {"kind": "decoder", "network": DECODER}, STATS)
+    save_network(place / "decoder", shaken(model.ViTDecoder(**DECODER), 3), {"num_heads": 2}, STATS)
     return place
 
 
@@ -126,8 +124,8 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="interrupted"):
         run(place, "student", tmp_path / "c.npz", "--batch-size", 8)
     assert not (tmp_path / "c.npz").exists() and (tmp_path / "c.part").exists()
-    (tmp_path / "c.part" / ".000001.safetensors.1.tmp").write_bytes(b"half")
-    (tmp_path / ".c.npz.123.tmp").write_bytes(b"half")
+    (tmp_path / "c.part" / ".000001.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / ".c.npz.tmp").write_bytes(b"half")
     (tmp_path / ".important_tmp_backup").write_bytes(b"mine")
     with pytest.raises(model.InputError, match="c.part holds other work .seed: 0 there, 7 now"):
         run(place, "student", tmp_path / "c.npz", "--batch-size", 8, "--seed", 7)
@@ -146,17 +144,18 @@ def test_first_lines_say_what_it_is(place, tmp_path, capsys):
     assert labels == "labels: 1 (dog), 0 (cat), 2 (2)"
 
 
-SIX_LINES = """
-net, config, stats = load_network("runs/meanflow")
+LINES_OF_README = """
+net, about = load_network("runs/meanflow")
 decoder, _ = load_decoder("runs/decoder")
 z, y = noise_and_labels(range(4), seed=0, shape=net.shape, num_classes=net.num_classes)
 with torch.no_grad():
-    images = to_uint8(decoder(denormalize(generate(net, z, y, nfe=1), stats)))
+    z_0 = generate(net, z, y, nfe=1, shift=about["time_shift"])
+    images = to_uint8(decoder(denormalize(z_0, about["stats"])))
 Image.fromarray(images[0].numpy()).save("image.png")
 """
 
 
-def test_six_lines(place, tmp_path, monkeypatch):
+def test_the_lines_of_the_readme(place, tmp_path, monkeypatch):
     """From a network's folder to a PIL image: image 0 is that of sample.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -164,14 +163,14 @@ def test_six_lines(place, tmp_path, monkeypatch):
     shutil.copytree(place / "decoder", tmp_path / "runs" / "decoder")
     imports = ("import torch\nfrom PIL import Image\nfrom model import denormalize, load_decoder, load_network\n"
                "from sample import generate, noise_and_labels, to_uint8\n")
-    exec(imports + SIX_LINES, {})
+    exec(imports + LINES_OF_README, {})
     images, _ = run(place, "student", tmp_path / "a.npz", "--batch-size", 4)
     assert numpy.array_equal(numpy.asarray(Image.open("image.png")), images[0])
 
 
 @pytest.mark.parametrize(("argv", "name"), [
     (["runs/w1.0"], "w1.0_2"), (["a/student.pt"], "student_2"), (["runs/mf/"], "mf_2"), (["org/x/model.safetensors"], "model_2"),
-    (["runs/mf", "--state", "50"], "mf_50_2"), (["runs/mf/state_00000050.safetensors"], "mf_50_2")])
+    (["runs/mf/state_00000050.safetensors"], "mf_50_2")])
 def test_default_names(argv, name):
     assert sample.default_out(sample.parse_args([*argv, "--nfe", "2"])) == f"samples/{name}"
 
@@ -190,14 +189,13 @@ def test_identity_is_by_content(place, tmp_path):
     (tmp_path / "student").rename(moved)
     run(place, moved, out, "--decoder", tmp_path / "decoder", "--stats", moved)
     assert out.read_bytes() == made
-    save_network(tmp_path / "on", "student", seed=9)
-    model.save_network(tmp_path / "decoder", shaken(model.ViTDecoder(**DECODER), 4).state_dict(),
-                       {"kind": "decoder", "network": DECODER}, STATS)
-    model.write_tensors(tmp_path / "stats.safetensors", {"mean": STATS[0], "var": 2 * STATS[1]})
-    for what, more in (("network", []), ("decoder", ["--decoder", tmp_path / "decoder"]),
-                       ("stats", ["--stats", tmp_path / "stats.safetensors"]), ("seed", ["--seed", 7])):
+    save(tmp_path / "on", "student", seed=9)
+    save_network(tmp_path / "decoder", shaken(model.ViTDecoder(**DECODER), 4), {"num_heads": 2}, STATS)
+    model.write_tensors(tmp_path / "stats.safetensors", {"": {**STATS, "var": 2 * STATS["var"]}})
+    for what, more in (("sha256 of network", []), ("sha256 of decoder", ["--decoder", tmp_path / "decoder"]),
+                       ("sha256 of stats", ["--stats", tmp_path / "stats.safetensors"]), ("seed", ["--seed", 7])):
         with pytest.raises(model.InputError, match=rf"a.npz holds other work \({what}: .* there, [^;]* now\)"):
-            run(place, tmp_path / "on" if what == "network" else "student", out, *more)
+            run(place, tmp_path / "on" if "network" in what else "student", out, *more)
     (tmp_path / "a.json").unlink()
     with pytest.raises(model.InputError, match="a.npz holds other work"):
         run(place, "student", out)
@@ -225,7 +223,7 @@ def test_two_processes_one_file(place, tmp_path):
             "sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(model.InputError, match="being written by another process"):
+    with pytest.raises(model.InputError, match="is written by another process"):
         sample.main([f"{place}/student", "--decoder", f"{place}/decoder", "--num-samples", "2", "--out",
                      f"{tmp_path}/a.npz"])
     other.communicate()
@@ -234,38 +232,55 @@ def test_two_processes_one_file(place, tmp_path):
 
 # ---- states of a training, guidance --------------------------------------------------------------------------
 def test_a_training_state(place, tmp_path):
-    """The average of a state that training kept: by its step, or by its path; also as the weak teacher."""
+    """A run's folder is its newest state; an older one is given by its path, also as the weak teacher."""
     folder = tmp_path / "run"
-    average = save_network(folder, "student", seed=5).state_dict()
-    fixed = {name for name, p in model.DiTDH(**SIZES, time_difference=True).named_parameters() if not p.requires_grad}
-    fixed |= average.keys() - {name for name, _ in model.DiTDH(**SIZES, time_difference=True).named_parameters()}
-    state = {f"net/{name}": tensor if name in fixed else tensor + 1 for name, tensor in average.items()}
-    state |= {f"average/{name}": tensor for name, tensor in average.items() if name not in fixed}
-    model.write_tensors(folder / "state_00000040.safetensors", state, {"step": "40", "seconds": "1"})
-    wanted, _ = run(place, folder, tmp_path / "wanted.npz")
-    save_network(folder, "student", seed=6)                                       # trained on
-    now, _ = run(place, folder, tmp_path / "now.npz")
-    by_step, _ = run(place, folder, tmp_path / "step.npz", "--state", 40)
-    by_path, _ = run(place, folder / "state_00000040.safetensors", tmp_path / "path.npz")
-    assert numpy.array_equal(by_step, wanted) and numpy.array_equal(by_path, wanted)
-    assert not numpy.array_equal(now, wanted)
-    assert model.read_json(tmp_path / "step.json")["settings"] == model.read_json(tmp_path / "path.json")["settings"]
-    with pytest.raises(model.InputError, match=r"keeps no state of step 50, it has \[40\]"):
-        run(place, folder, tmp_path / "no.npz", "--state", 50)
+    for step in (40, 50):
+        net = model.DiTDH(**SIZES, time_difference=True)
+        parts = {"net": net.state_dict(), "ema": shaken(net, step).state_dict(), "stats": STATS}
+        parts["net"] = {name: x + 1 for name, x in parts["net"].items()}
+        model.write_tensors(folder / f"state_000000{step}.safetensors", parts, {"time_shift": 3.0, "step": step})
+        save_network(tmp_path / f"{step}", net, {"time_shift": 3.0}, STATS)
+    for source, step in ((folder, 50), (folder / "state_00000040.safetensors", 40), (folder / "state_00000050.safetensors", 50)):
+        wanted, _ = run(place, tmp_path / f"{step}", tmp_path / f"{step}.npz")
+        found, _ = run(place, source, tmp_path / "found" / f"{source.name}.npz")
+        assert numpy.array_equal(found, wanted)
     with pytest.raises(model.InputError, match="is a student, a teacher is needed"):
         run(place, "teacher", tmp_path / "no.npz", "--guidance", 2, "--weak-teacher",
             folder / "state_00000040.safetensors")
 
 
+def test_other_times_or_weak_teachers_are_other_work(place, tmp_path):
+    save(tmp_path / "teacher", "teacher", 0)
+    guided = ["--nfe", 2, "--guidance", 2, "--weak-teacher", place / "weak"]
+    run(place, tmp_path / "teacher", tmp_path / "a.npz", *guided)
+    run(place, tmp_path / "teacher", tmp_path / "a.npz", *guided)
+    with pytest.raises(model.InputError, match="sha256 of weak teacher"):
+        run(place, tmp_path / "teacher", tmp_path / "a.npz", *guided[:4], "--weak-teacher", place / "teacher")
+    net, about = model.load_network(tmp_path / "teacher")
+    save_network(tmp_path / "teacher", net, {"time_shift": 4.0}, STATS)
+    with pytest.raises(model.InputError, match="time_shift: 3.0 there, 4.0 now"):
+        run(place, tmp_path / "teacher", tmp_path / "a.npz", *guided)
+
+
 def test_guidance_of_a_teacher_without_dropout(place, tmp_path, capsys):
-    shutil.copytree(place / "teacher", tmp_path / "teacher")
     for i, (dropout, more, warned) in enumerate(
             ((0.0, [], True), (0.1, [], False), (0.0, ["--weak-teacher", place / "weak"], False))):
-        model.write_json(tmp_path / "teacher" / "run.json", {"settings": {"label_dropout": dropout}})
+        save(tmp_path / "teacher", "teacher", settings={"label_dropout": dropout})
         run(place, tmp_path / "teacher", tmp_path / f"{i}.npz", "--nfe", 2, "--guidance", 2, *more)
         assert ("--label-dropout 0" in capsys.readouterr().out) == warned
     run(place, tmp_path / "teacher", tmp_path / "plain.npz", "--nfe", 2)
     assert "--label-dropout 0" not in capsys.readouterr().out
+
+
+def test_a_teachers_default_times(place, monkeypatch):
+    """Without a shift, as from Python: the one of its latents' shape, and not none at all."""
+    seen = []
+    monkeypatch.setattr(sample, "ode_times", lambda steps, a: seen.append(a) or model.ode_times(steps, a))
+    z = torch.zeros(1, 768, 16, 16)
+    net = model.DiTDH(16, 768, **model.DIT_PRESETS["DiTDH-mini"], num_classes=3)
+    for shift in (None, 2.5):
+        sample.generate(net, z, torch.tensor([0]), 2, shift=shift)
+    assert seen == [pytest.approx(6.928, abs=1e-3), 2.5]
 
 
 # ---- mistakes: one line, nothing written ---------------------------------------------------------------------
@@ -277,8 +292,6 @@ def test_guidance_of_a_teacher_without_dropout(place, tmp_path, capsys):
     ("teacher", ["--guidance", "nan"], "--guidance"), ("teacher", ["--guidance", "2", "--guidance-interval", "0", "2"],
                                                        "--guidance-interval"),
     ("teacher", ["--solver", "heun", "--nfe", "3"], "--nfe 3 with --solver heun"),
-    ("teacher", ["--weak-teacher", "x"], "--weak-teacher does nothing without --guidance W"),
-    ("teacher", ["--guidance", "1", "--guidance-interval", "0", "1"], "--guidance-interval does nothing without"),
     ("student", ["--grid", "picture"], "--grid picture: a file name that ends in .png")])
 def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
     with pytest.raises(SystemExit) as end:
@@ -288,13 +301,10 @@ def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
 
 
 @pytest.mark.parametrize(("network", "flags", "words"), [
-    ("student", ["--guidance", "2"], "--guidance does nothing on a student, it is for a teacher: leave it out"),
-    ("student", ["--guidance", "1"], "--guidance does nothing on a student"),
-    ("student", ["--solver", "heun"], "--solver does nothing on a student"),
-    ("student", ["--time-shift", "2"], "--time-shift does nothing on a student"),
+    ("teacher", ["--guidance", "2", "--guidance-interval", "0.9", "0.1"], "the lower time comes first"),
     ("teacher", ["--labels", "1,x"], "--labels 1,x: no class 'x'; .* below 3 or of names such as cat"),
     ("teacher", ["--labels", "3"], "no class '3'"), ("teacher", ["--labels=-1"], "--labels"),
-    ("decoder", [], "a teacher or a student is needed"),
+    ("decoder", [], "is no DiTDH"),
     ("teacher", ["--decoder", "none"], "none does not exist$")])
 def test_what_does_not_fit(place, tmp_path, network, flags, words):
     with pytest.raises(model.InputError, match=words):
@@ -308,7 +318,7 @@ def test_no_decoder_to_be_had(place, tmp_path, monkeypatch):
         raise model.InputError(f"{source} is neither here nor could it be had from the Hub (offline)")
 
     def other(source):
-        return model.ViTDecoder(**{**DECODER, "in_channels": 8}), None
+        return model.ViTDecoder(**{**DECODER, "in_channels": 8}), {"stats": None}
     for stand_in in (offline, other):
         monkeypatch.setattr(sample, "load_decoder", stand_in)
         with pytest.raises(model.InputError, match="or train one: python sanity/train_decoder.py --data-path"):
@@ -320,10 +330,9 @@ def test_no_decoder_to_be_had(place, tmp_path, monkeypatch):
 
 def test_pictures_of_nothing(place, tmp_path):
     """Weights that are not finite make no images, and stand in nobody's way afterwards."""
-    state = model.read_tensors(place / "student" / "model.safetensors")[0]
-    config = model.read_json(place / "student" / "config.json", digest=False)
-    state["final_layer.linear.bias"][0] = float("nan")
-    model.save_network(tmp_path / "student", state, config, STATS)
+    net, _ = model.load_network(place / "student")
+    net.final_layer.linear.bias.data[0] = float("nan")
+    save_network(tmp_path / "student", net, {}, STATS)
     out = tmp_path / "a.npz"
     with pytest.raises(model.InputError, match="images 0 to 19 are not finite: weights or statistics are damaged"):
         run(place, tmp_path / "student", out)
@@ -331,7 +340,7 @@ def test_pictures_of_nothing(place, tmp_path):
     run(place, "student", out)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"settings": 3}', "{", "[" * 100_000])
+@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000])
 def test_hostile_notes(place, tmp_path, text):
     out = tmp_path / "a.npz"
     run(place, "student", out)

@@ -2,6 +2,8 @@
 import inspect
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ import torch
 from PIL import Image
 
 import encode_latents
-from model import InputError, generator, load_decoder, read_json, read_tensors, write_json
-from sanity import digits, plot_logs, random_encoder, report, train_decoder, train_encoder
+import model
+import train_cmt
+import train_meanflow
+import train_teacher
+from model import InputError, generator, load_decoder, read_json, write_json
+from sanity import digits, plot_logs, random_encoder, report, synthetic, train_decoder, train_encoder
 
 NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
 
@@ -115,28 +121,41 @@ def test_decoder_loss_alone():
     assert loss == 1 and numbers["features"] == 0
 
 
-def test_decoder_resumes_bit_for_bit(chain, decoder, monkeypatch):
-    monkeypatch.setattr(train_decoder, "HELD_OUT", 40)
-    arguments, write = decoder_arguments(chain, "stopped"), train_decoder.write_tensors
+def same_run(a, b):
+    """Two runs' newest states, bit for bit."""
+    a, b = (model.read_tensors(next(iter(model.states_of(run).values())))[0] for run in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[part][k], b[part][k]) for part in a for k in a[part].keys() | b[part].keys())
 
-    def write_and_stop(*args):
-        write(*args)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_decoder, "write_tensors", write_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+
+def stop_at_the_first_state(monkeypatch, script):
+    """SIGTERM while it is being saved."""
+    save = script.save_state
+
+    def save_and_stop(about, step, *rest):
+        save(about, step, *rest)
+        if step == 3 or step == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(script, "save_state", save_and_stop)
+
+
+def test_decoder_goes_on_bit_for_bit(chain, decoder, monkeypatch, capsys):
+    monkeypatch.setattr(train_decoder, "HELD_OUT", 40)
+    arguments = decoder_arguments(chain, "stopped")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at_the_first_state(patch, train_decoder)
         train_decoder.main(arguments)
-    monkeypatch.setattr(train_decoder, "write_tensors", write)
-    with pytest.raises(InputError, match="this very run"):
-        train_decoder.main(arguments)
-    with pytest.raises(InputError, match="other work .lr"):
-        train_decoder.main([*arguments, "--resume", "--lr", "1"])
-    assert int(read_tensors(chain / "stopped/state.safetensors")[0]["step"]) == 3
-    train_decoder.main([*arguments, "--resume"])
-    for name in ("state", "model"):
-        a, b = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (decoder, chain / "stopped"))
-        assert all(torch.equal(a[k], b[k]) for k in a.keys() | b.keys())
-    net, stats = load_decoder(str(decoder))
-    assert net.shape == (16, 2, 2) and net.patch_size == 8 and stats[0].shape == (16, 2, 2)
+    assert end.value.code == 143 and "stopped after step 4: the same command goes on" in capsys.readouterr().out
+    with pytest.raises(InputError, match="other work .noise"):
+        train_decoder.main([*arguments, "--noise", "1"])
+    train_decoder.main(arguments)
+    assert same_run(decoder, chain / "stopped") and '{"step": 1' in capsys.readouterr().out
+    line = model.read_log(decoder)[-1]
+    assert line["step"] == 6 and 0 < line["held_out_l1"] < 1 and line["psnr"] > 0
+    net, about = load_decoder(str(decoder))
+    assert net.shape == (16, 2, 2) and net.patch_size == 8 and about["stats"]["mean"].shape == (16, 2, 2)
+    assert net.decoder_layers[0].heads == 4 and about["num_heads"] == 4
+    train_decoder.main([*arguments, "--steps", "8"])
+    assert model.read_log(chain / "stopped")[-1]["step"] == 8
 
 
 def test_decoder_refuses_other_images(chain, tmp_path):
@@ -223,24 +242,17 @@ def test_encoder_learns_resumes_and_encodes(objective, chain, tmp_path, capsys, 
     arguments = ["--data-path", f"{chain}/digits/train", "--image-size", "16", "--objective", objective, "--batch-size", "16",
                  "--steps", "60", "--save-every", "30", *"--width 16 --depth 1 --heads 2 --patch 4".split()]
     train_encoder.main([*arguments, "--out", f"{tmp_path}/whole"])
-    whole, save = tmp_path / "whole", train_encoder.save_run
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_encoder, "save_run", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    whole = tmp_path / "whole"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at_the_first_state(patch, train_encoder)
         train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped"])
-    monkeypatch.setattr(train_encoder, "save_run", save)
-    train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped", "--resume", "--workers", "1"])
-    for name in ("state", "model"):
-        a, b = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (whole, tmp_path / "stopped"))
-        assert all(torch.equal(a[k], b[k]) for k in a.keys() | b.keys())
-    with pytest.raises(InputError, match="this very run"):
-        train_encoder.main([*arguments, "--out", str(whole)])
-    with pytest.raises(InputError, match="other work .steps: 60 there, 61 now"):
-        train_encoder.main([*arguments, "--out", str(whole), "--resume", "--steps", "61"])
-    config = read_json(whole / "config.json", digest=False)
+    assert end.value.code == 143 and not (tmp_path / "stopped" / "config.json").exists()
+    train_encoder.main([*arguments, "--out", f"{tmp_path}/stopped"])
+    assert same_run(whole, tmp_path / "stopped")
+    assert (whole / "model.safetensors").read_bytes() == (tmp_path / "stopped" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="other work .width"):
+        train_encoder.main([*arguments, "--out", str(whole), "--width", "18", "--heads", "3"])
+    config = read_json(whole / "config.json")
     net = encode_latents.Encoder(whole, 16, 16)
     assert not net.untrained and net.shape == (16, 4, 4) and config["training"]["objective"] == objective
     # What was trained is what is encoded: the mean of the latents.
@@ -344,3 +356,32 @@ def test_plot_logs(tmp_path):
         with pytest.raises(InputError, match=message):
             plot_logs.main([*argv, "--out", f"{tmp_path}/other.png"])
     assert not (tmp_path / "other.png").exists()
+
+
+# ---- random data of the real shapes ------------------------------------------------------------------------------------
+def test_synthetic_data_train_every_stage(tmp_path):
+    """And leave their logs alone, whose numbers are not all 0."""
+    synthetic.write_latents(tmp_path / "latents", (12, 4, 4), 5, 40, 64, shard_size=16)
+    latents = encode_latents.Latents(tmp_path / "latents")
+    z, y = latents.__getitems__([0, 17, 39])
+    assert len(latents) == 40 and y.tolist() == [0, 2, 4] and abs(z.float().std() - 1) < 0.1
+    assert (latents.stats["var"].mean() - 1).abs() < 0.1
+    synthetic.write_teacher(tmp_path / "teacher", tmp_path / "latents", 5, "DiTDH-mini")
+    common = "--steps 2 --batch-size 8 --save-every 0 --log-every 1".split()
+    teacher, latents = ["--teacher", f"{tmp_path}/teacher"], ["--latents", f"{tmp_path}/latents"]
+    train_teacher.main([*latents, "--preset", "DiTDH-mini", "--out", f"{tmp_path}/a", *common])
+    train_cmt.main([*teacher, "--pairs", "8", "--out", f"{tmp_path}/b", *common])
+    train_meanflow.main([*latents, *teacher, "--init", f"{tmp_path}/teacher", "--out", f"{tmp_path}/c", *common])
+    for run in "abc":
+        assert not model.states_of(tmp_path / run)
+        line = model.read_log(tmp_path / run)[-1]
+        assert all(line[name] > 0 for name in line if name not in ("pair_age",)), line
+
+
+def test_synthetic_says_what_it_takes(tmp_path, capsys):
+    argv = ["--out", f"{tmp_path}/x", "--preset", "DiTDH-mini", "--images", "4"]
+    synthetic.main(argv)
+    assert "4 random latents and a random DiTDH-mini, 0.0" in capsys.readouterr().out
+    assert encode_latents.Latents(tmp_path / "x/latents").shape == (768, 16, 16)
+    with pytest.raises(InputError, match="empty or new"):
+        synthetic.main(argv)

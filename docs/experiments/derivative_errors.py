@@ -45,15 +45,15 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, run = Latents(f"{args.run}/latents"), Path(args.run)
-    net, config, stats = load_network(run / "mfd", "student")
+    net, about = load_network(run / "mfd", "student")
     v = load_network(run / "teacher", "teacher")[0]
     net, v = net.to(device).requires_grad_(False), v.to(device).requires_grad_(False)
     g = generator("cpu", 0, "derivative errors")
     z_0, y = data.__getitems__(torch.randint(len(data), (args.rows,), generator=g).tolist())
     u = torch.rand(args.rows, 2, generator=g)
-    s, t = time_shift(u, config["time_shift"]).sort(dim=1).values.unbind(1)
+    s, t = time_shift(u, about["time_shift"]).sort(dim=1).values.unbind(1)
     eps = torch.randn(z_0.shape, generator=g)
-    batch = [x.to(device) for x in (normalize(z_0, stats), eps, t, y, s)]
+    batch = [x.to(device) for x in (normalize(z_0, about["stats"]), eps, t, y, s)]
 
     truth = derivative(net, v, *batch, "float64", derivative="jvp")
     precisions = ["float64", "float32", *(["TF32"] if device.type == "cuda" else []), "bf16"]

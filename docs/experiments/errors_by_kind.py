@@ -6,6 +6,7 @@
 Prints for each student and kind: the lowest tenth, the median, the highest tenth and the mean of the squared
 errors per element, and the mean of the published weight times the summed error S, S / (S^2 + 1e-3).
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def main(argv=None):
     parser.add_argument("--rows", type=whole(), default=512, help="of the batch")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    data, (v, config, _) = TrainingData(f"{args.run}/latents"), load_network(f"{args.run}/teacher")
-    z_0, y = next(data.batches(0, args.rows, [(0, args.rows)], 0, 1, torch.device("cpu")))
+    data, (v, about) = TrainingData(f"{args.run}/latents"), load_network(f"{args.run}/teacher")
+    how = argparse.Namespace(seed=0, batch_size=args.rows, steps=1, workers=0)
+    z_0, y = next(data.batches(how, [(0, args.rows)], 0, torch.device("cpu")))
     z_0, eps = normalize(z_0, data.stats), torch.randn_like(z_0)
-    s, t = time_shift(torch.rand(args.rows, 2), config["time_shift"]).sort(dim=1).values.unbind(1)
+    s, t = time_shift(torch.rand(args.rows, 2), about["time_shift"]).sort(dim=1).values.unbind(1)
     print("| student | rows | lowest tenth | median | highest tenth | mean | S / (S^2 + 1e-3) |\n" + "|---" * 7 + "|")
     for name in args.students:
         h = load_network(name)[0].requires_grad_(False)

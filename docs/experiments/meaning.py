@@ -23,7 +23,7 @@ import torch  # noqa: E402
 
 from encode_latents import Encoder, Images, Latents  # noqa: E402
 from eval_fid import Moments, precision_recall  # noqa: E402
-from model import ArgumentParser, InputError, command, load_decoder, provenance, read_json, write_json  # noqa: E402
+from model import ArgumentParser, InputError, command, load_decoder, provenance, read_json, read_log, write_json  # noqa: E402
 from run import call  # noqa: E402
 from sanity.report import classifier, decode, distance, draw_picture, read, read_samples  # noqa: E402
 from sanity.train_encoder import BANK, accuracies  # noqa: E402
@@ -31,13 +31,13 @@ from sanity.train_encoder import BANK, accuracies  # noqa: E402
 DATA, RUNS = "runs/photographs", "runs/experiments/i"
 SIZES = "--width 128 --depth 6 --heads 4 --patch 8"
 ENCODERS = {"random": f"sanity/random_encoder.py {SIZES}",
-            "labels": f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips --resume {SIZES} --steps 6000",
-            "self": f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips --resume {SIZES} --steps 6000 --objective self"}
+            "labels": f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips {SIZES} --steps 6000",
+            "self": f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips {SIZES} --steps 6000 --objective self"}
 RATES = ("2e-3", "1e-3")                          # of the teacher; the better one of the random arm is every arm's
 GUIDANCE = (1, 1.5, 2)
 STEPS = dict(decoder=2000, teacher=8000, cmt=250, mfd=1450)
 SAMPLES = 2000
-COMMON = "--precision fp32 --log-every 200 --save-every 1000 --keep 1 --resume"
+COMMON = "--precision fp32 --log-every 200 --save-every 1000 --keep 1"
 
 
 def plan(arm, rate):
@@ -58,7 +58,7 @@ def plan(arm, rate):
              f"encode_latents.py --data-path {DATA}/train.zip --out {at}/latents --image-size 32 --encoder-size 32 --flips "
              f"--encoder {at}/encoder --batch-size 250 --workers 0",
              f"sanity/train_decoder.py --data-path {DATA}/train.zip --latents {at}/latents --out {at}/decoder --noise 0.5 "
-             f"--steps {STEPS['decoder']} --resume"]
+             f"--steps {STEPS['decoder']}"]
     weight = "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
     base = f"{at}/teacher-0-{rate}"
     students = [f"train_cmt.py --teacher {base} --out {at}/cmt --steps {STEPS['cmt']} --batch-size 32 --pairs 16 --pool-age 16 "
@@ -127,7 +127,7 @@ def measure(arm, judge, rows):
     shown = {name: x[:10] for name, (x, _) in images.items() if not name.startswith(("real", "decoded", "teacher 1"))}
     draw_picture(at / "picture.png", {"real": judge.real[first], "decoded": kept_out[first], **shown}, judge.train.classes)
     about = {**probe, "effective rank": effective_rank(Latents(at / "latents")),
-             "decoder, PSNR": read_json(at / "decoder/config.json", digest=False)["held_out"]["psnr"]}
+             "decoder, PSNR": read_log(at / "decoder")[-1]["psnr"]}
     return {"encoder": about, "rows": found}
 
 

@@ -37,14 +37,14 @@ PYTHON
 }
 
 TWO="env OMP_NUM_THREADS=1 $PYTHON -m torch.distributed.run --nproc_per_node=2"      # a process on each of two cores
-COMMON="--seed 0 --log-every 200 --save-every 500 --keep 1 --resume"
+COMMON="--seed 0 --log-every 200 --save-every 500 --keep 1"
 [ -e "$RUN/held-out.zip" ] || split
 [ "${2:-}" != split ] || exit 0
 stage encoder "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder" --width 48 --patch 4
 stage encode "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RUN/latents" --image-size 32 --encoder-size 32 --batch-size 256 \
     --flips --encoder "$RUN/encoder"
 stage decoder "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --latents "$RUN/latents" --out "$RUN/decoder" --noise 0.5 \
-    --steps 2000 --resume
+    --steps 2000
 stage teacher $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
     --steps 20000 --batch-size 32 --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 $COMMON
 stage CMT $TWO train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \

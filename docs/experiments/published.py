@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import DiTDH, Pair, command, generator  # noqa: E402
+from model import DiTDH, Dual, command, generator  # noqa: E402
 
 
 def drop_labels():
@@ -26,7 +26,7 @@ def drop_labels():
     def dropping(self, z, t, y, s=None):
         if s is not None:
             # The times tell steps and evaluations apart: --resume draws the same.
-            times = t.value if isinstance(t, Pair) else t
+            times = t.value if isinstance(t, Dual) else t
             g = generator(y.device, "dropped again", float(times[0]), float(times[-1]))
             y = torch.where(torch.rand(len(y), generator=g, device=y.device) < 0.1, self.num_classes, y)
         return forward(self, z, t, y, s)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from model import InputError, command, provenance, read_json, write_atomically, write_json  # noqa: E402
+from model import InputError, command, provenance, read_json, read_log, write_atomically, write_json  # noqa: E402
 
 NUMBERS = "runs/experiments"
 
@@ -33,7 +33,7 @@ def slug(name):
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
 
 
-COMMON = "--seed {seed} --precision fp32 --log-every 50 --save-every 500 --keep 1 --resume"            # on a GPU too
+COMMON = "--seed {seed} --precision fp32 --log-every 50 --save-every 500 --keep 1"            # on a GPU too
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
 TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 "
            "--latents {run}/latents " + COMMON)
@@ -85,7 +85,7 @@ def elsewhere(encoder, teacher=2600, more=("", "", ""), **arms):
     the arms are fewer and have fewer. teacher: its steps; more: flags of the teacher, CMT and MFD."""
     first = [f"sanity/random_encoder.py --out {{run}}/encoder {encoder}",
              f"{ENCODE} --out {{run}}/latents --encoder {{run}}/encoder",
-             "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed} --resume",
+             "sanity/train_decoder.py --data-path data/digits/train --latents {run}/latents --out {run}/decoder --seed {seed}",
              *teacher_and_cmt(teacher, "{run}", *more[:2])]
     experiment = explosion(mfd=more[2], **arms)
     experiment["arms"] = {name: chain for name, chain in experiment["arms"].items() if not name.startswith("random")}
@@ -123,7 +123,7 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
     "b-constants": dict(arms={name: distill(flags) for name, flags in CONSTANTS.items()}),
     "b-length": dict(arms={name: distill(f"{flags} {LENGTH} --steps {steps}") for name, (flags, steps) in LONG.items()},
                      also={"CMT, step 0": ("{run}/cmt", "--nfe 1")}
-                     | {f"{name}, step {k}": (f"{{exp}}/{slug(name)}", f"--nfe 1 --state {k}")
+                     | {f"{name}, step {k}": (f"{{exp}}/{slug(name)}/state_{k:08d}.safetensors", "--nfe 1")
                         for name, (_, steps) in LONG.items() for k in range(2000, steps + 1, 2000)}),
     "c": dict(arms={f"{solver}, {n} steps": [f"{CMT} --steps 1700 --teacher {{run}}/teacher --out {{out}} --solver {solver} "
                                              f"--teacher-steps {n}"] for solver, n in SOLVERS}
@@ -214,12 +214,14 @@ def measured(letter, seed):
     rows, found = {}, json.loads((ROOT / exp / "report.json").read_text())["rows"]
     for name, (line, _) in samples.items():
         rows[name] = {key: found[name][key] for key in ("nfe", "encoder", "classifier", "accuracy")} if name in found else {}
-        log = ROOT / line.split()[1] / "log.jsonl"
-        lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-        if " --state " in line:                                                     # what the log says there
-            lines = [x for x in lines if x["step"] <= int(line.split(" --state ")[1].split()[0])]
+        run = ROOT / line.split()[1]
+        state = re.fullmatch(r"state_0*(\d+)\.safetensors", run.name)
+        run = run.parent if state else run
+        lines = read_log(run)
+        if state:                                                                   # what the log says there
+            lines = [x for x in lines if x["step"] <= int(state[1])]
             rows[name] |= {key: lines[-1][key] for key in ("mse_flow", "mse_jump", "grad_norm")}
-        if lines and log.is_relative_to(ROOT / exp):
+        if lines and run.is_relative_to(ROOT / exp):
             late = [x["mse"] for x in lines[-max(1, len(lines) // 5):] if x["mse"] is not None]
             rows[name] |= dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(late) if late else None,
                                seconds=lines[-1]["seconds"] / lines[-1]["step"], steps=lines[-1]["step"])
@@ -298,7 +300,7 @@ def plot(letter, rows, path):
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def plot_length(rows, path):
@@ -320,7 +322,7 @@ def plot_length(rows, path):
     axes[0, 0].legend(fontsize=8)
     for ax in axes[1]:
         ax.set_xlabel("step")
-    write_atomically(path, lambda beside: figure.savefig(beside, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def main():

@@ -40,12 +40,11 @@ from model import (  # noqa: E402
     denormalize,
     long_jumps,
     ode_times,
-    pairwise_jvp,
+    jvp_by_parts,
     provenance,
     solve_ode,
     time_shift,
     write_json,
-    write_tensors,
 )
 from sample import to_uint8  # noqa: E402
 from train_cmt import consistency_loss  # noqa: E402
@@ -291,7 +290,7 @@ def steps(args, device):
 
     def meanflow(eta, derivative):                # the plain squared error, as of the baselines
         return step(h, lambda *x: meanflow_loss(h, v, *x, eta, derivative, loss_form="mean", loss_power=0.0,
-                                                rows=slice(None, None, 4), jvp=pairwise_jvp))
+                                                rows=slice(None, None, 4), jvp=jvp_by_parts))
 
     @torch.no_grad()
     def forward():
@@ -397,7 +396,7 @@ def sampling(args, device):
             net.compile(dynamic=False)
     n = args.sampling_batch
     z, y = torch.randn(n, *h.shape, device=device), torch.randint(1000, (n,), device=device)
-    stats = torch.zeros(h.shape, device=device).double(), torch.ones(h.shape, device=device).double()
+    stats = {"mean": torch.zeros(h.shape, device=device).double(), "var": torch.ones(h.shape, device=device).double()}
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -419,39 +418,28 @@ def reader(args):
     """Samples per second of the latents' reader, random order, one process, from the page cache; and of plainly
     reading the same bytes."""
     from encode_latents import Latents, RowSampler, batches_of
-    shape, shards, each = (768, args.px // 16, args.px // 16), 4, 512
+    from sanity.synthetic import write_latents
+    shape, count, each = (768, args.px // 16, args.px // 16), 2048, 512
     with tempfile.TemporaryDirectory() as folder:
-        folder, g = Path(folder), torch.Generator().manual_seed(0)
-        files = []
-        for k in range(shards):
-            tensors = {"latents": torch.randn(each, *shape, generator=g).half(),
-                       "labels": torch.randint(1000, (each,), generator=g)}
-            digest = write_tensors(folder / f"shard_{k:05d}.safetensors", tensors)
-            files.append({"file": f"shard_{k:05d}.safetensors", "count": each, "sha256": digest})
-        digest = write_tensors(folder / "latent_stats.safetensors",
-                               {"mean": torch.zeros(shape).double(), "var": torch.ones(shape).double()})
-        write_json(folder / "latents.json", {
-            "format": 1, "data": {"name": "random", "sha256_of_names": ""}, "flips": False,
-            "encoder": {"id": "none", "sha256": "", "image_size": args.px, "encoder_size": args.px},
-            "image_size": args.px, "precision": "fp32", "shard_size": each, "shape": shape,
-            "count": shards * each, "classes": [str(i) for i in range(1000)], "statistics_sha256": digest,
-            "shards": files})
+        folder = Path(folder)
+        write_latents(folder, shape, 1000, count, args.px, each)
+        files = sorted(folder.glob("shard_*"))
         latents = Latents(folder)
         buffer = bytearray(8 << 20)
 
         def plain():
             for file in files:
-                with open(folder / file["file"], "rb", buffering=0) as stream:
+                with open(file, "rb", buffering=0) as stream:
                     while stream.readinto(buffer):
                         pass
 
         def ours():
-            order = RowSampler(len(latents), 0, 256, [(0, 256)], 0, shards * each // 256)
+            order = RowSampler(len(latents), 0, 256, [(0, 256)], 0, count // 256)
             for _ in batches_of(latents, order, 0):
                 pass
         functions = {"plain sequential read": plain, "reader, random order": ours}
         seconds, in_plain, _ = repeated(functions, args.repeats, torch.device("cpu"), plain)
-    return [{"reading": name, "samples per second": shards * each / statistics.median(x),
+    return [{"reading": name, "samples per second": count / statistics.median(x),
              "of the plain read": 1 / statistics.median(in_plain[name])} for name, x in seconds.items()]
 
 

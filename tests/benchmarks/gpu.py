@@ -280,7 +280,7 @@ def flow_matching(net, rows, **more):
     return step(lambda z_0, eps, t, y, s: flow_matching_loss(net, z_0, eps, t, y), net, rows, **more)
 
 
-def meanflow(h, v, rows, eta=1.0, derivative="jvp", jvp=model.pairwise_jvp, **more):
+def meanflow(h, v, rows, eta=1.0, derivative="jvp", jvp=model.jvp_by_parts, **more):
     def loss(z_0, eps, t, y, s):
         return meanflow_loss(h, v, z_0, eps, t, y, s, eta, derivative, rows=EVERY_FOURTH, h_fixed=h, jvp=jvp)
     return step(loss, h, rows, **more)
@@ -442,7 +442,7 @@ def sampling():
     with torch.device("meta"):
         meta = ViTDecoder(GRID, CHANNELS, **DECODER_PRESETS[DECODER]).to("meta")
         flops = flops_of(meta, torch.zeros(1, CHANNELS, GRID, GRID))
-    stats = [torch.zeros(CHANNELS, GRID, GRID, device=DEVICE), torch.ones(CHANNELS, GRID, GRID, device=DEVICE)]
+    stats = {"mean": torch.zeros(CHANNELS, GRID, GRID, device=DEVICE), "var": torch.ones(CHANNELS, GRID, GRID, device=DEVICE)}
 
     def run_of(net, rows, nfe):
         z, y = torch.randn(rows, CHANNELS, GRID, GRID, device=DEVICE), torch.randint(1000, (rows,), device=DEVICE)
@@ -517,7 +517,7 @@ def replayed():
 
     def jvp(function, values, tangents):
         if not CUDA:
-            return model.pairwise_jvp(function, values, tangents)
+            return model.jvp_by_parts(function, values, tangents)
         if not recorded:
             recorded["inputs"] = [x.clone() for x in (*values, *tangents)]
             n = len(values)
@@ -525,7 +525,7 @@ def replayed():
             recorded["function"], graph = function, torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
-                recorded["out"] = model.pairwise_jvp(*given)
+                recorded["out"] = model.jvp_by_parts(*given)
             recorded["graph"] = graph
         for x, new in zip(recorded["inputs"], (*values, *tangents), strict=True):
             x.copy_(new)

@@ -1,0 +1,112 @@
+"""A network to hand on: the average of a run, or of one of its states, under its published names.
+
+    python sanity/export.py runs/meanflow --out my_student              # 3.4 GB of an XL's 13.4
+    python sanity/export.py runs/decoder --autoencoder data/latents --out my_rae
+
+The first writes model.safetensors, with the latent statistics and what a state says of itself, and
+config.json, the same for people to read. Scripts and `load_network` take the folder or the file, and a run
+that begins from either knows it for the same network. The second writes a folder that diffusers'
+AutoencoderRAE.from_pretrained loads: the decoder, with the encoder and the statistics of latents.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from encode_latents import encoder_of, read_description  # noqa: E402
+from model import (  # noqa: E402
+    FREE, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, load_decoder, load_stats, location,
+    lock, read_parts, read_tensors, say, write_json, write_tensors)
+
+DIFFUSERS_NAMES = (
+    ("attention.attention.query", "attention.to_q"),
+    ("attention.attention.key", "attention.to_k"),
+    ("attention.attention.value", "attention.to_v"),
+    ("attention.output.dense", "attention.to_out.0"))
+
+
+def export_network(source, out):
+    """Write the folder `out`. InputError: it holds another network."""
+    parts, about, digests = read_parts(source)
+    about = {"settings": {}, **(about or {})}
+    about["settings"] = {name: x for name, x in about["settings"].items() if name not in FREE}
+    state = parts.get("ema", parts.get(""))
+    if (out / "model.safetensors").exists():
+        there = read_tensors(out / "model.safetensors", only=())[2].get("")
+        if there is None or there not in digests.values():
+            raise InputError(f"{out} holds another network: give another --out")
+    stats = {"stats": parts["stats"]} if parts.get("stats") else {}
+    write_tensors(out / "model.safetensors", {"": state, **stats}, about)
+    write_json(out / "config.json", about)
+    size = sum(x.numel() for x in state.values()) / 1e6
+    say(f"{out}: {about.get('kind', 'network')} of {size:,.1f} M numbers, step {about.get('step')}")
+
+
+def export_autoencoder(folder, decoder, stats, encoder):
+    """Write the folder of a ViTDecoder, {"mean", "var"} and an encode_latents.Encoder.
+
+    That class (diffusers 0.42) makes its encoder with heads of 64 channels and positions for 518 px:
+    InputError for an encoder unlike that. It builds its table of positions for a 16 x 16 base, and adds 1e-5
+    to the stored deviation, which holds it already."""
+    folder, net = Path(folder), encoder.net.config
+    heads_fit = net.hidden_size == 64 * net.num_attention_heads
+    if not heads_fit or net.image_size != 518 or encoder.shape != decoder.shape:
+        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.source}: it wants DINOv2's heads "
+                         f"of 64 channels, positions for 518 px, and the decoder's latents {decoder.shape}")
+    grid = decoder.shape[1]
+    if grid != 16:
+        say(f"warning: at {grid} x {grid} tokens AutoencoderRAE of diffusers 0.42 uses other positions than "
+            "RAE's (those of a 16 x 16 base): it will decode differently")
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.net.state_dict().items()}
+    for name, tensor in decoder.state_dict().items():
+        for ours, theirs in DIFFUSERS_NAMES:
+            name = name.replace(ours, theirs)
+        tensors[f"decoder.{name}"] = tensor
+    del tensors["decoder.decoder_pos_embed"]
+    tensors["encoder_mean"] = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
+    tensors["encoder_std"] = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
+    tensors["_latents_mean"] = stats["mean"].float()
+    tensors["_latents_std"] = (stats["var"] + 1e-5).sqrt().float()
+    layer = decoder.decoder_layers[0]
+    config = {
+        "_class_name": "AutoencoderRAE", "encoder_type": "dinov2",
+        "encoder_hidden_size": net.hidden_size, "encoder_patch_size": net.patch_size,
+        "encoder_num_hidden_layers": net.num_hidden_layers, "encoder_input_size": encoder.encoder_size,
+        "patch_size": decoder.patch_size, "decoder_hidden_size": decoder.decoder_embed.out_features,
+        "decoder_num_hidden_layers": len(decoder.decoder_layers), "decoder_num_attention_heads": layer.heads,
+        "decoder_intermediate_size": layer.intermediate["dense"].out_features,
+        "latents_mean": tensors["_latents_mean"].tolist(), "latents_std": tensors["_latents_std"].tolist()}
+    write_json(folder / "config.json", config)
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", {"": tensors})
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("network", type=location, help="a run, one of its states, a published file, or a Hub path")
+    add("--autoencoder", type=location, metavar="LATENTS", help="for diffusers: with these latents' encoder")
+    add("--out", type=location, required=True, help="folder to write")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = Path(args.out)
+    names = {file.name for file in out.glob("[!.]*")} or set([out.name] * out.is_file())
+    name = "diffusion_pytorch_model.safetensors" if args.autoencoder else "model.safetensors"
+    if names - {"config.json", name}:
+        raise InputError(f"{out} holds something else: give an --out that is empty or new")
+    if not args.autoencoder:
+        lock(out / ".lock")
+        return export_network(args.network, out)
+    encoder = encoder_of(read_description(args.autoencoder))
+    decoder, _ = load_decoder(args.network)
+    stats = load_stats(args.autoencoder, decoder.shape)
+    lock(out / ".lock")
+    export_autoencoder(out, decoder, stats, encoder)
+    say(f"{out}: diffusers.AutoencoderRAE.from_pretrained({str(out)!r}) loads it")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,79 @@
+"""Random latents and a random teacher at the real shapes: does a size fit, how fast is it?
+
+    python sanity/synthetic.py --out runs/synthetic      # 256 px, XL: 0.1 GB of latents, a teacher of 3.4 GB
+    python train_meanflow.py --latents runs/synthetic/latents --teacher runs/synthetic/teacher \\
+        --init runs/synthetic/teacher --out runs/synthetic/try --steps 20 --log-every 5 --save-every 0
+
+Any stage takes them; with --save-every 0 it leaves its log alone. The last layer of the teacher is random
+too: with the zeros that it begins with, all velocities and most gradients would be 0.
+"""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from encode_latents import finish, moments, origin, shard_path  # noqa: E402
+from model import (  # noqa: E402
+    DIT_PRESETS, ArgumentParser, DiTDH, InputError, command, generator, load_stats, location, lock, say,
+    whole, write_json, write_tensors)
+
+
+def write_latents(out, shape, classes, count, image_size, shard_size=4096):
+    """A folder of N(0, 1) latents, as encode_latents.py writes them; image i has class i mod classes."""
+    encoder = {"id": "none", "untrained": True, "sha256": "", "patch": 16, "width": shape[0],
+               "image_size": image_size, "encoder_size": image_size}
+    data = {"name": "random", "images": count, "sha256_of_names": ""}
+    settings = {"format": 1, "data": data, "encoder": encoder, "image_size": image_size,
+                "precision": "fp32", "flips": False, "shard_size": shard_size}
+    starts = range(0, count, shard_size)
+    for k, start in enumerate(starts):
+        labels = torch.arange(start, min(start + shard_size, count)) % classes
+        g = generator("cpu", "synthetic", k)
+        z = torch.randn(len(labels), *shape, generator=g).half()
+        _, mean, m2 = moments(z)
+        about = {"origin": origin(settings, k), "enlarged": 0, "skipped": []}
+        tensors = {"latents": z, "labels": labels, "mean": mean, "m2": m2}
+        write_tensors(shard_path(out, k), {"": tensors}, about)
+    images = SimpleNamespace(path=out, classes=[str(i) for i in range(classes)])
+    write_json(out / "encoding.json", settings)
+    finish(out, len(starts), settings, shape, images)
+
+
+def write_teacher(out, latents, classes, preset, seed=0):
+    """A slim network, as sanity/export.py writes it, for these latents."""
+    torch.manual_seed(seed)
+    stats = load_stats(latents)
+    channels, grid, _ = stats["var"].shape
+    net = DiTDH(grid, channels, **DIT_PRESETS[preset], num_classes=classes)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)
+    about = {"kind": "teacher", "classes": [str(i) for i in range(classes)]}
+    write_tensors(out / "model.safetensors", {"": net.state_dict(), "stats": stats}, about)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=location, default="runs/synthetic", help="folder for latents and teacher")
+    add("--image-size", type=int, choices=(256, 512), default=256, help="pixels")
+    add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the teacher")
+    add("--images", type=whole(), default=256, help="latents")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out, grid = Path(args.out), args.image_size // 16
+    if any(out.glob("[!.]*")):
+        raise InputError(f"{out} holds something: give an --out that is empty or new")
+    lock(out / ".lock")
+    shape = (768, grid, grid)
+    write_latents(out / "latents", shape, 1000, args.images, args.image_size)
+    write_teacher(out / "teacher", out / "latents", 1000, args.preset)
+    size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e9
+    say(f"{out}: {args.images} random latents and a random {args.preset}, {size:.2f} GB")
+
+
+if __name__ == "__main__":
+    command(main)
