@@ -542,6 +542,16 @@ def say(text):
             print(text, flush=True)
 
 
+def progress(items, total, unit):
+    """The items, with a bar in a terminal, or a line every half minute where there is none."""
+    bar, said = tqdm(items, total=total, unit=f" {unit}", disable=None if is_first() else True), time.monotonic()
+    for n, item in enumerate(bar, 1):
+        if bar.disable and time.monotonic() > said + 30:
+            said = time.monotonic()
+            say(f"{n:,} of {total:,} {unit}")
+        yield item
+
+
 def launch(hours=0.5):
     """Join torchrun's processes, if any. Returns (device, rank, number of processes).
 
@@ -716,10 +726,10 @@ FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_acti
            "save_every keep keep_every out latents data_path teacher weak_teacher init stats".split())
 
 
-def refuse_other(where, before, now):
-    """InputError, naming what differs, unless the settings `before`, of `where`, are those of `now`."""
+def refuse_other(where, before, now, free=()):
+    """InputError, naming what differs, unless the settings `before`, of `where`, are `now`, but for `free`."""
     other = [f"{name}: {before.get(name)} there, {now.get(name)} now" for name in {**now, **before}
-             if name not in FREE and before.get(name) != now.get(name)]
+             if name not in free and before.get(name) != now.get(name)]
     if other:
         other = "; ".join(other[:4])
         raise InputError(f"{where} holds other work ({other}): give another --out, or remove it")
@@ -785,7 +795,7 @@ def write_json(path, content):
 def read_json(path):
     """A dict. InputError: missing, cut short, or something else."""
     try:
-        return dict(json.loads(Path(path).read_text()))
+        return {**json.loads(Path(path).read_text())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"cannot read {path} ({error}): restore it") from error
 
@@ -1059,7 +1069,7 @@ def begin_run(about, net, average, optimizer):
     if states := states_of(out):
         step, path = next(iter(states.items()))
         before = {"settings": {}, "step": None, **(read_tensors(path, only=())[1] or {})}
-        refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step})
+        refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step}, FREE)
         parts, *_ = read_tensors(path)
         for p in (p for p in net.parameters() if p.requires_grad):
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
@@ -1095,7 +1105,7 @@ def check_new(out, settings):
         raise InputError(f"{out} holds something else ({there[0]}): give an --out that is empty or new")
     if there:
         before = read_json(out / "run.json").get("settings", {})
-        refuse_other(out, before, settings)
+        refuse_other(out, before, settings, FREE)
         logged = max((line["step"] for line in read_log(out)), default=0)
         if logged > min(before["steps"], before["save_every"] or math.inf):
             raise InputError(f"{out} has a log of {logged:,} and no state: restore it, or give another "

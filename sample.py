@@ -8,30 +8,33 @@
     python sample.py runs/meanflow --nfe 1        # 50,000 images -> samples/meanflow_1.npz
     torchrun --nproc_per_node=8 sample.py runs/meanflow --nfe 2         # from eight GPUs
     python sample.py runs/meanflow/state_00050000.safetensors           # from a state that training kept
-    python sample.py runs/teacher --num-samples 64 --grid grid.png      # a picture
+    python sample.py runs/teacher --grid grid.png --labels 207          # a picture of 64 images, and nothing else
 
 Noise and label of image i follow from the seed and i alone, whatever the batch size or the
 number of processes. The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
-(N, H, W, 3), and arr_1 the labels. An interrupted run goes on when repeated.
+(N, H, W, 3), and arr_1 the labels; about.json in it says how it was made. Batches rest in
+files of their own until all are there, so that processes share nothing and the same command,
+repeated, goes on.
 """
 import hashlib
+import json
 import math
-import os
 import re
 import shutil
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
 import torch
+from PIL import Image, ImageDraw
 
 from model import (
-    ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize,
-    digest_of, fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location,
-    lock, long_jumps, ode_times, positive, provenance, read_json, read_tensors, refuse_other, say,
-    solve_ode, whole, write_atomically, write_json, write_tensors)
+    ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize, digest_of,
+    fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location, lock, long_jumps,
+    ode_times, positive, progress, read_json, read_tensors, refuse_other, say, solve_ode, whole,
+    write_atomically, write_json, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
@@ -74,97 +77,62 @@ def to_uint8(images, truncate=False):
 
 
 # ---- The sample file, by way of a folder with a file for each batch ----------
-def claim(out, settings, need):
-    """See that `out` and its folder .part are free, or hold work of these settings; write .json."""
-    part, note = out.with_suffix(".part"), out.with_suffix(".json")
+def begin(out, parts, settings):
+    """See that `out` and `parts` are free, or hold work of these settings."""
     lock(out.with_name(f".{out.name}.lock"))
-    if out.exists() or any(part.glob("*.safetensors")):
-        place = out if out.exists() else part
-        return refuse_other(place, read_json(note).get("settings", {}) if note.exists() else {}, settings)
+    if out.exists():
+        return refuse_other(out, read_about(out), settings)
+    if (parts / "about.json").exists():
+        return refuse_other(parts, read_json(parts / "about.json"), settings)
+    if parts.exists() and any(not path.name.startswith(".") for path in parts.iterdir()):
+        raise InputError(f"{parts} holds something else: give another --out")
+    write_json(parts / "about.json", settings)
+
+
+def read_about(path):
+    """The settings in a sample file. InputError: it is none, or not ours."""
     try:
-        part.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {part} ({error}): make space, or give another --out") from error
-    free = shutil.disk_usage(part).free
-    if 2 * need > free:
-        raise InputError(f"{part} and the .npz made of it need {2 * need / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-                         "are free there: make space, or give another --out")
-    write_json(note, {"settings": settings, **provenance()})
+        with zipfile.ZipFile(path) as file:
+            return dict(json.loads(file.read("about.json")))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no whole sample file of ours ({error}): give another --out, or remove it") from error
 
 
-def batch_path(part, k):
-    return part / f"{k:06d}.safetensors"
-
-
-def sample_all(part, batches, make, rank, world):
-    """Write the files of those batches that `part` lacks, this process its share of them.
-
-    batches: ranges of image numbers; make: range -> {"images": uint8 (B, H, W, 3), "labels": (B,)}."""
-    if not part.exists():
-        raise InputError(f"process {rank} sees no {part}: it must lie on a disk all nodes share")
-    missing = [k for k in range(len(batches)) if not batch_path(part, k).exists()]
-    # All have looked before the first one writes.
-    barrier()
-    mine = missing[rank::world]
-    start = said = time.monotonic()
-    if is_first() and len(missing) < len(batches):
-        say(f"goes on: {len(batches) - len(missing)} of {len(batches)} batches are there")
-    for n, k in enumerate(mine, 1):
-        write_tensors(batch_path(part, k), {"": make(batches[k])})
-        now = time.monotonic()
-        if is_first() and (now > said + 10 or n == len(mine)):
-            left = (now - start) / n * (len(mine) - n)
-            say(f"batch {n} of {len(mine)} of this process, {left:.0f} s left")
-            said = now
-    barrier()
-
-
-def bundle(part, count, shape, out):
-    """The `count` batches as an uncompressed .npz; shape: (N, H, W, 3)."""
+def bundle(out, files, shape, settings):
+    """The images of `files` as an uncompressed .npz; shape: (N, H, W, 3)."""
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     formats = numpy.lib.format
 
-    def write(out):
+    def write(target):
         labels = []
-        with zipfile.ZipFile(out, "w") as file:
+        with zipfile.ZipFile(target, "w") as file:
             # A ZipInfo has no date: the same samples are the same file.
             with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
                 formats.write_array_header_1_0(stream, header)
-                for k in range(count):
-                    tensors = read_tensors(batch_path(part, k))[0][""]
-                    stream.write(tensors["images"].numpy())
-                    labels.append(tensors["labels"].numpy())
+                for path in files:
+                    batch = read_tensors(path)[0][""]
+                    stream.write(batch["images"].numpy())
+                    labels.append(batch["labels"].numpy())
             with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
                 formats.write_array(stream, numpy.concatenate(labels))
+            file.writestr(zipfile.ZipInfo("about.json"), json.dumps(settings, indent=1))
     write_atomically(out, write)
 
 
-# ---- Pictures ----------------------------------------------------------------
-def read_samples(path, count):
-    """(image, label) for the first `count` of an .npz, one by one, without reading the rest."""
-    try:
-        labels = numpy.load(path)["arr_1"].tolist()
-        with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
-            numpy.lib.format.read_magic(stream)
-            shape = numpy.lib.format.read_array_header_1_0(stream)[0]
-            for label in labels[:count]:
-                pixels = stream.read(math.prod(shape[1:]))
-                yield numpy.frombuffer(pixels, numpy.uint8).reshape(shape[1:]), label
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it and repeat the command") from error
+def first_samples(path, count):
+    """The first images (N, H, W, 3) of an .npz, without reading the rest, and their labels (N,)."""
+    with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
+        numpy.lib.format.read_magic(stream)
+        n, *shape = numpy.lib.format.read_array_header_1_0(stream)[0]
+        pixels = stream.read(min(n, count) * math.prod(shape))
+    return numpy.frombuffer(pixels, numpy.uint8).reshape(-1, *shape), numpy.load(path)["arr_1"][:count]
 
 
-def save_png(path, image):
-    write_atomically(path, lambda file: image.save(file, "PNG"))
-
-
-def draw_grid(path, images, labels, classes, columns):
+def draw_grid(path, images, labels, classes):
     """A PNG of images (N, H, W, 3), each under its class name."""
-    from PIL import Image, ImageDraw
-    size, caption = images.shape[1], 12
+    size, caption, columns = images.shape[1], 12, len(classes) if len(classes) <= 16 else 8
     cell = size * max(1, 96 // size)
-    rows = -(-len(images) // columns)
-    canvas = columns * (cell + 2), rows * (cell + caption + 2)
+    canvas = columns * (cell + 2), -(-len(images) // columns) * (cell + caption + 2)
     grid = Image.new("RGB", canvas, "white")
     pen = ImageDraw.Draw(grid)
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -173,23 +141,8 @@ def draw_grid(path, images, labels, classes, columns):
         pen.text((x + 1, y), name[:cell // 6], fill="black")
         image = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
         grid.paste(image, (x, y + caption))
-    save_png(path, grid)
-
-
-def draw(out, args, classes):
-    """What --grid and --png ask for, from the sample file."""
-    from PIL import Image
-    if args.grid:
-        columns = len(classes) if len(classes) <= 16 else 8
-        images, labels = zip(*read_samples(out, 8 * columns), strict=True)
-        draw_grid(args.grid, numpy.stack(images), labels, classes, columns)
-        say(f"{args.grid}: the first {len(images)} images")
-    if args.png:
-        # Of a process that was killed while it wrote.
-        for left in Path(args.png).glob(".[0-9]*_*.png.*.tmp"):
-            left.unlink()
-        for i, (image, label) in enumerate(read_samples(out, args.num_samples)):
-            save_png(Path(args.png) / f"{i:06d}_{label}.png", Image.fromarray(image))
+    write_atomically(path, lambda file: grid.save(file, "PNG"))
+    say(f"{path}: {len(images)} images")
 
 
 # ---- What the flags name -----------------------------------------------------
@@ -209,7 +162,7 @@ def parse_args(argv=None):
     add("--guidance-interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar="T", help="from t to t")
 
     add = parser.add_argument_group("images").add_argument
-    add("--num-samples", type=whole(), default=50_000, help="images (ADM)")
+    add("--num-samples", type=whole(), help="images (default: 50,000, ADM; of a --grid alone 64)")
     add("--labels", default="equal",
         help="'equal' (image i has class i mod K), 'random', or a list to repeat, of numbers or names")
     add("--seed", type=whole(0), default=0, help="of noise and random labels")
@@ -221,37 +174,16 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile network and decoder")
 
     add = parser.add_argument_group("files").add_argument
-    add("--out", metavar="NPZ", help="the sample file (default: samples/NETWORK_NFE.npz)")
-    add("--grid", metavar="PNG", help="also a picture of the first images, under their class names")
-    add("--png", metavar="FOLDER", help="also every image as a PNG file")
+    add("--out", type=location, metavar="NPZ", help="the sample file (default: samples/NETWORK_NFE.npz)")
+    add("--grid", type=location, metavar="PNG",
+        help="a picture of the first images, under their class names; without --out nothing else is written")
 
     args = parser.parse_args(argv)
     if args.solver == "heun" and args.nfe and args.nfe % 2:
         parser.error(f"--nfe {args.nfe} with --solver heun: it must be even, two for each step")
-    if args.grid and not args.grid.endswith(".png"):
-        parser.error(f"--grid {args.grid}: a file name that ends in .png")
+    if not (args.grid or ".png").endswith(".png") or not (args.out or ".npz").endswith(".npz"):
+        parser.error("--grid takes a name that ends in .png, --out one in .npz")
     return args
-
-
-def load_all(args):
-    """-> network, decoder, what their files say, statistics, which fit together; what the kind of network
-    decides is filled in `args`."""
-    net, about = load_network(args.network)
-    args.nfe = args.nfe or (1 if net.r_embedder else 50)
-    args.time_shift = args.time_shift or about["time_shift"]
-    training = "; or train one: python sanity/train_decoder.py --data-path IMAGES --latents LATENTS"
-    training *= args.decoder == DECODER
-    try:
-        decoder, of_decoder = load_decoder(args.decoder)
-    except InputError as error:
-        raise InputError(f"{error}{training}") from error
-    if net.shape != decoder.shape:
-        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
-                         f"the --decoder of its encoder and size{training}")
-    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
-    if stats is None:
-        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
-    return net, about, decoder, of_decoder, stats
 
 
 def read_labels(text, classes):
@@ -269,48 +201,40 @@ def read_labels(text, classes):
 
 
 def default_out(args):
-    """samples/NETWORK_NFE, of a state samples/NETWORK_STEP_NFE."""
-    path = Path(re.sub(r"\.(pt|safetensors)$", "", os.path.abspath(args.network)))
-    state = re.fullmatch(r"state_0*(\d+)", path.name)
-    name = f"{path.parent.name}_{state[1]}" if state else path.name
-    return f"samples/{name}_{args.nfe}"
-
-
-def introduce(args, net, classes, text):
-    """The first lines of a run: what it is."""
-    kind = "teacher" if net.r_embedder is None else "student"
-    count = sum(p.numel() for p in net.parameters()) / 1e6
-    say(f"{args.network}: {kind}, {count:.1f} million parameters, {args.nfe} evaluations an image; {text}")
-    if isinstance(args.labels, list):
-        say("labels: " + ", ".join(f"{k} ({classes[k]})" for k in args.labels))
+    """samples/NETWORK_NFE.npz; of a state samples/RUN_STEP_NFE, with guidance ..._wW."""
+    path = Path(args.network).absolute()
+    state = re.fullmatch(r"state_0*(\d+)\.safetensors", path.name)
+    name = f"{path.parent.name}_{state[1]}" if state else re.sub(r"\.(pt|safetensors)$", "", path.name)
+    return f"samples/{name}_{args.nfe}{f'_w{args.guidance:g}' * (args.guidance != 1)}.npz"
 
 
 def main(argv=None):
     args = parse_args(argv)
     device, rank, world = launch(hours=24)
-    net, about, decoder, of_decoder, stats = load_all(args)
+
+    # Network, decoder and statistics, which fit together
+    net, about = load_network(args.network)
+    try:
+        decoder, of_decoder = load_decoder(args.decoder)
+        if net.shape != decoder.shape:
+            raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}")
+    except InputError as error:
+        own = ": give the --decoder of its encoder, or python sanity/train_decoder.py makes one"
+        raise InputError(f"{error}{own * (args.decoder == DECODER)}") from error
+    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
+    if stats is None:
+        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
+    net, decoder = net.to(device).eval(), decoder.to(device).eval()
+    stats = {name: x.to(device) for name, x in stats.items()}
+    v, weak = (None, None) if net.r_embedder else load_guidance(args, net, about, args.guidance_interval)
     classes = about["classes"] or range(net.num_classes)
     args.labels = read_labels(args.labels, classes)
-    net, decoder = net.to(device).eval(), decoder.to(device).eval()
-    v, weak = (None, None) if net.r_embedder else load_guidance(args, net, about, args.guidance_interval)
-
-    out = Path((args.out or default_out(args)).removesuffix(".npz") + ".npz")
-    size = decoder.shape[1] * decoder.patch_size
-    shape = args.num_samples, size, size, 3
-    starts = range(0, args.num_samples, args.batch_size)
-    batches = [range(i, min(i + args.batch_size, args.num_samples)) for i in starts]
-    if is_first():
-        text = f"{args.num_samples:,} images of {size} px, seed {args.seed}, on {world} x {device.type}"
-        introduce(args, net, classes, text)
-        # Contents, not paths: what is moved is the same.
-        others = "network", "decoder", "weak_teacher", "stats", "compile", "out", "grid", "png"
-        settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
-            "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
-            "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
-        claim(out, settings, math.prod(shape))
-    barrier()
-
-    stats = {name: x.to(device) for name, x in stats.items()}
+    args.nfe = args.nfe or (1 if net.r_embedder else 50)
+    args.time_shift = args.time_shift or about["time_shift"]
+    alone = args.grid and not args.out
+    count = args.num_samples = args.num_samples or (64 if alone else 50_000)
+    say(f"{args.network}: {about['kind']}, {args.nfe} evaluations an image, {count:,} images, seed {args.seed}, on "
+        f"{world} x {device.type}" + f", labels {args.labels}" * (args.labels != "equal"))
     if args.compile:
         net.compile(dynamic=False)
         decoder.compile(dynamic=False)
@@ -326,15 +250,47 @@ def main(argv=None):
                              "are damaged, or too large for --precision bf16")
         return {"images": to_uint8(images, args.truncate), "labels": y}
 
-    part = out.with_suffix(".part")
-    if not out.exists():
-        sample_all(part, batches, make, rank, world)
+    batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
+    if alone:
         if is_first():
-            bundle(part, len(batches), shape, out)
+            made = [make(indices) for indices in progress(batches, len(batches), "batches")]
+            images, labels = (torch.cat([batch[name] for batch in made]).cpu().numpy() for name in ("images", "labels"))
+            draw_grid(args.grid, images, labels, classes)
+        return
+
+    # Every process makes its share of the batches that are missing; the first one bundles them.
+    out = Path(args.out or default_out(args))
+    parts = out.with_name(f"{out.name}.parts")
+    files = [parts / f"{k:06d}.safetensors" for k in range(len(batches))]
     if is_first():
-        shutil.rmtree(part, ignore_errors=True)
-        say(f"{out}: {args.num_samples:,} images")
-        draw(out, args, classes)
+        others = ("network", "decoder", "weak_teacher", "stats", "compile", "out", "grid")
+        settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
+            "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
+            "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
+        begin(out, parts, settings)
+    barrier()
+    if not out.exists():
+        if not parts.exists():
+            raise InputError(f"process {rank} sees no {parts}: it must lie on a disk all nodes share")
+        missing = [k for k, path in enumerate(files) if not path.exists()]
+        # All have looked before the first one writes.
+        barrier()
+        if 0 < len(missing) < len(files):
+            say(f"goes on: {len(files) - len(missing)} of {len(files)} batches are there")
+        for k in progress(missing[rank::world], len(missing[rank::world]), "batches"):
+            write_tensors(files[k], {"": make(batches[k])})
+        barrier()
+        if is_first():
+            size = decoder.shape[1] * decoder.patch_size
+            bundle(out, files, (count, size, size, 3), settings)
+    if is_first():
+        for path in [*files, *parts.glob(".*.tmp"), parts / "about.json"]:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):                   # something of the user's is in it, or it is gone
+            parts.rmdir()
+        say(f"{out}: {count:,} images")
+        if args.grid:
+            draw_grid(args.grid, *first_samples(out, min(count, 64)), classes)
 
 
 if __name__ == "__main__":

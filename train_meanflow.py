@@ -141,7 +141,7 @@ def parse_args(argv=None):
     data("--data-path", type=location, metavar="IMAGES",
         help="images to encode on the fly, with random flips as --latents describes, in place of its shards: "
              "a folder of class folders, or a .zip")
-    data("--workers", type=whole(0), default=0, help="processes per device that read ahead; 0: read in place")
+    data("--workers", type=whole(0), default=2, help="threads per device that read ahead; 0: read in place")
     data("--stats", type=location, metavar="FILE",
         help="latent statistics in place of the student's: a latent_stats.safetensors or a published stat.pt")
     data("--teacher", type=location, default="runs/teacher",
@@ -217,7 +217,7 @@ def main(argv=None):
     # The run: new, or gone on with
     about = {"kind": "student", "time_shift": args.time_shift, "classes": data.classes, "latents": data.about,
              "head_depth": student.depth[1], "stats": stats,
-             "settings": {**vars(args), "sha256 of latents": data.digest, "sha256 of stats": digest_of(stats),
+             "settings": {**vars(args), "sha256 of latents": data.sha256, "sha256 of stats": digest_of(stats),
                           "sha256 of teacher": of_teacher["sha256"], "sha256 of weak teacher": weak}}
     first_step, seconds = begin_run(about, student, average, optimizer)
 

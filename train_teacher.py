@@ -57,7 +57,7 @@ def parse_args(argv=None):
     data("--data-path", type=location, metavar="IMAGES",
         help="images to encode on the fly, with random flips as --latents describes, in place of its shards: "
              "a folder of class folders, or a .zip")
-    data("--workers", type=whole(0), default=0, help="processes per device that read ahead; 0: read in place")
+    data("--workers", type=whole(0), default=2, help="threads per device that read ahead; 0: read in place")
     data("--stats", type=location, metavar="FILE",
         help="latent statistics in place of those of --latents: a latent_stats.safetensors or a published "
              "stat.pt")
@@ -113,7 +113,7 @@ def main(argv=None):
     # The run: new, or gone on with
     about = {"kind": "teacher", "time_shift": args.time_shift, "classes": data.classes, "latents": data.about,
              "head_depth": net.depth[1], "stats": stats,
-             "settings": {**vars(args), "sha256 of latents": data.digest,
+             "settings": {**vars(args), "sha256 of latents": data.sha256,
                           "sha256 of stats": digest_of(stats)}}
     first_step, seconds = begin_run(about, net, average, optimizer)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import encoder_of, read_description  # noqa: E402
+from encode_latents import encoder_of  # noqa: E402
 from model import (  # noqa: E402
     FREE, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, load_decoder, load_stats, location,
     lock, read_parts, read_tensors, say, write_json, write_tensors)
@@ -52,7 +52,7 @@ def export_autoencoder(folder, decoder, stats, encoder):
     folder, net = Path(folder), encoder.net.config
     heads_fit = net.hidden_size == 64 * net.num_attention_heads
     if not heads_fit or net.image_size != 518 or encoder.shape != decoder.shape:
-        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.source}: it wants DINOv2's heads "
+        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2's heads "
                          f"of 64 channels, positions for 518 px, and the decoder's latents {decoder.shape}")
     grid = decoder.shape[1]
     if grid != 16:
@@ -100,7 +100,7 @@ def main(argv=None):
     if not args.autoencoder:
         lock(out / ".lock")
         return export_network(args.network, out)
-    encoder = encoder_of(read_description(args.autoencoder))
+    encoder = encoder_of(args.autoencoder)
     decoder, _ = load_decoder(args.network)
     stats = load_stats(args.autoencoder, decoder.shape)
     lock(out / ".lock")

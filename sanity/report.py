@@ -17,7 +17,7 @@ import io
 import json
 import sys
 import time
-import warnings
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import nn  # noqa: E402
 
-from encode_latents import Images, Latents, RowSampler, encoder_of  # noqa: E402
+from encode_latents import Images, Latents, batches_of, encoder_of  # noqa: E402
 from eval_fid import Moments, complaint, frechet_distance  # noqa: E402
 from model import (  # noqa: E402
     ArgumentParser,
@@ -37,7 +37,6 @@ from model import (  # noqa: E402
     load_decoder,
     lock,
     provenance,
-    read_json,
     read_log,
     read_tensors,
     say,
@@ -46,7 +45,7 @@ from model import (  # noqa: E402
     write_json,
     write_tensors,
 )
-from sample import to_uint8  # noqa: E402
+from sample import read_about, to_uint8  # noqa: E402
 
 COLUMNS = ("teacher 50", "teacher 1", "CMT 1", "MFD 1", "MFD 2", "MFT 1")
 BATCH = 250
@@ -84,7 +83,7 @@ def fit(images, labels, classes, steps, seed, device):
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     start = time.time()
-    for step, rows in enumerate(RowSampler(len(images), seed, 128, [(0, 128)], 0, steps), 1):
+    for step, rows in enumerate(batches_of(len(images), seed, 128, [(0, 128)], 0, steps), 1):
         loss = F.cross_entropy(net(images[rows].to(device))[-1], labels[rows].to(device))
         loss.backward()
         optimizer.step()
@@ -117,7 +116,7 @@ def classifier(path, train, sample, steps, seed, device):
 # ---- Images in, numbers out ------------------------------------------------------------------------------
 def read(images, indices):
     """-> uint8 (N, 3, S, S), labels (N,)"""
-    parts = [images.__getitems__(list(indices[i : i + BATCH])) for i in range(0, len(indices), BATCH)]
+    parts = [images.read(list(indices[i : i + BATCH])) for i in range(0, len(indices), BATCH)]
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
@@ -158,9 +157,7 @@ def measure(images, labels, encoder, net, device):
 
 
 def distance(a, b):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # normalized tokens have a singular covariance: no news here
-        return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 @torch.no_grad()
@@ -397,8 +394,8 @@ def main(argv=None):
         files[name] = (path, int(nfe))
     seeds = set()
     for path, nfe in files.values():  # sample.py leaves its settings beside its file
-        if (note := Path(path).with_suffix(".json")).exists():
-            made = read_json(note)["settings"]
+        if zipfile.is_zipfile(path) and "about.json" in zipfile.ZipFile(path).namelist():
+            made = read_about(path)
             seeds.add(made["seed"])
             if made["nfe"] != nfe or len(seeds) > 1:
                 raise InputError(
@@ -408,14 +405,15 @@ def main(argv=None):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # features in true float32
-    latents = Latents(args.latents or run / "latents")
-    about = latents.description["encoder"]
-    size = about["image_size"]
+    folder = args.latents or run / "latents"
+    latents = Latents(folder)
+    about = latents.about["encoder"]
+    size = about["identity"]["image_size"]
     train = Images(data / "train" if whole else data, size)
     held_out = Images(args.held_out or data / "held-out", size)
     if not train.classes == held_out.classes == latents.classes:
         raise InputError(f"{train.path}, {held_out.path} and the latents must have the same classes")
-    encoder = encoder_of(latents.description).to(device)
+    encoder = encoder_of(folder).to(device)
     decoder = load_decoder(args.decoder or run / "decoder")[0].to(device).eval()
     if decoder.shape != encoder.shape:
         raise InputError(f"the decoder takes latents {decoder.shape}, the encoder makes {encoder.shape}")

@@ -1,6 +1,6 @@
 """Random latents and a random teacher at the real shapes: does a size fit, how fast is it?
 
-    python sanity/synthetic.py --out runs/synthetic      # 256 px, XL: 0.1 GB of latents, a teacher of 3.4 GB
+    python sanity/synthetic.py --out runs/synthetic      # 256 px, XL: 0.4 GB of latents, a teacher of 3.4 GB
     python train_meanflow.py --latents runs/synthetic/latents --teacher runs/synthetic/teacher \\
         --init runs/synthetic/teacher --out runs/synthetic/try --steps 20 --log-every 5 --save-every 0
 
@@ -9,12 +9,11 @@ too: with the zeros that it begins with, all velocities and most gradients would
 """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import finish, moments, origin, shard_path  # noqa: E402
+from encode_latents import finish, sha256, write_shard  # noqa: E402
 from model import (  # noqa: E402
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, command, generator, load_stats, location, lock, say,
     whole, write_json, write_tensors)
@@ -22,23 +21,16 @@ from model import (  # noqa: E402
 
 def write_latents(out, shape, classes, count, image_size, shard_size=4096):
     """A folder of N(0, 1) latents, as encode_latents.py writes them; image i has class i mod classes."""
-    encoder = {"id": "none", "untrained": True, "sha256": "", "patch": 16, "width": shape[0],
-               "image_size": image_size, "encoder_size": image_size}
-    data = {"name": "random", "images": count, "sha256_of_names": ""}
-    settings = {"format": 1, "data": data, "encoder": encoder, "image_size": image_size,
-                "precision": "fp32", "flips": False, "shard_size": shard_size}
-    starts = range(0, count, shard_size)
-    for k, start in enumerate(starts):
-        labels = torch.arange(start, min(start + shard_size, count)) % classes
-        g = generator("cpu", "synthetic", k)
-        z = torch.randn(len(labels), *shape, generator=g).half()
-        _, mean, m2 = moments(z)
-        about = {"origin": origin(settings, k), "enlarged": 0, "skipped": []}
-        tensors = {"latents": z, "labels": labels, "mean": mean, "m2": m2}
-        write_tensors(shard_path(out, k), {"": tensors}, about)
-    images = SimpleNamespace(path=out, classes=[str(i) for i in range(classes)])
-    write_json(out / "encoding.json", settings)
-    finish(out, len(starts), settings, shape, images)
+    identity = {"images": "random", "flips": False, "shard_size": shard_size, "image_size": image_size}
+    encoder = {"id": "none", "untrained": True, "from_here": "none", "identity": identity}
+    about = {"data": "random", "shape": shape, "shards": -(-count // shard_size), "encoder": encoder,
+             "classes": [str(i) for i in range(classes)], "identity": identity}
+    write_json(out / "latents.json", about)
+    for k in range(about["shards"]):
+        y = torch.arange(k * shard_size, min((k + 1) * shard_size, count)) % classes
+        z = torch.randn(len(y), *shape, generator=generator("cpu", "synthetic", k)).half()
+        write_shard(out, k, z, y, sha256(identity))
+    finish(out, about)
 
 
 def write_teacher(out, latents, classes, preset, seed=0):
@@ -58,7 +50,7 @@ def parse_args(argv=None):
     add("--out", type=location, default="runs/synthetic", help="folder for latents and teacher")
     add("--image-size", type=int, choices=(256, 512), default=256, help="pixels")
     add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="size of the teacher")
-    add("--images", type=whole(), default=256, help="latents")
+    add("--images", type=whole(), default=1000, help="latents, and classes")
     return parser.parse_args(argv)
 
 
@@ -69,8 +61,8 @@ def main(argv=None):
         raise InputError(f"{out} holds something: give an --out that is empty or new")
     lock(out / ".lock")
     shape = (768, grid, grid)
-    write_latents(out / "latents", shape, 1000, args.images, args.image_size)
-    write_teacher(out / "teacher", out / "latents", 1000, args.preset)
+    write_latents(out / "latents", shape, args.images, args.images, args.image_size)
+    write_teacher(out / "teacher", out / "latents", args.images, args.preset)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e9
     say(f"{out}: {args.images} random latents and a random {args.preset}, {size:.2f} GB")
 

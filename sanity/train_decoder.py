@@ -13,7 +13,6 @@ The same command, repeated, goes on; --out is then a --decoder of sample.py.
 """
 import copy
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,9 +21,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import Images, Latents, RowSampler, batches_of, encoder_of  # noqa: E402
+from encode_latents import Images, Latents, batches_of, encoder_of, read_ahead  # noqa: E402
 from model import (  # noqa: E402
-    DECODER_PRESETS, ArgumentParser, InputError, Log, ViTDecoder, begin_run, command, digest_of, fraction,
+    DECODER_PRESETS, ArgumentParser, InputError, Log, ViTDecoder, begin_run, command, fraction,
     generator, launch, location, not_negative, positive, save_state, say, stop_signals, whole)
 
 HELD_OUT = 512                                    # images kept out, to measure on; of few, a quarter
@@ -40,23 +39,6 @@ def decoder_loss(decode, encode, z, x, noise, spread, feature_weight):
     return l1 + feature_weight * features, {"l1": l1.detach(), "features": features.detach()}
 
 
-class Pairs:
-    """A data set of (images, latents), uint8 and float16, in memory when they take less than 2 GB."""
-
-    def __init__(self, images, latents):
-        self.images, self.latents = images, latents
-        self.small = len(latents) * (3 * images.image_size ** 2 + 2 * math.prod(latents.shape)) < 2e9
-        if self.small:
-            everything = list(range(len(latents)))
-            self.images, _ = images.__getitems__(everything)
-            self.latents, _ = latents.__getitems__(everything)
-
-    def __getitems__(self, indices):
-        if self.small:
-            return self.images[indices], self.latents[indices]
-        return self.images.__getitems__(indices)[0], self.latents.__getitems__(indices)[0]
-
-
 @torch.no_grad()
 def quality(decoder, z, x):
     """L1 and PSNR in decibels, means over images, of the decoded latents z, clipped, against the images x."""
@@ -68,15 +50,15 @@ def quality(decoder, z, x):
 def open_pairs(data_path, folder, device):
     """Latents, the images they were made of, and their encoder. InputError: they do not belong together."""
     latents = Latents(folder)
-    images = Images(data_path, latents.description["image_size"])
-    encoder = encoder_of(latents.description).to(device)
-    few = list(range(0, len(latents), math.ceil(len(latents) / 16)))
+    made = latents.about["identity"]
+    images, encoder = Images(data_path, made["image_size"]), encoder_of(folder).to(device)
     if len(latents) < 64:
         raise InputError(f"{len(latents)} images are too few to learn and to measure: give at least 64")
-    if torch.equal(images.labels.repeat(2 if latents.description["flips"] else 1), latents.labels):
+    few = list(range(0, len(latents), math.ceil(len(latents) / 16)))
+    if torch.equal(images.labels.repeat(2 if made["flips"] else 1), latents.labels):
         with torch.no_grad():
-            z = latents.__getitems__(few)[0].to(device)
-            again = encoder(images.__getitems__(few)[0].to(device))
+            z = latents.read(few)[0].to(device)
+            again = encoder(images.read(few)[0].to(device))
         if (again - z).abs().mean() < 0.1 * latents.stats["var"].mean().sqrt():
             return latents, images, encoder
     raise InputError(f"{folder} does not hold the latents of the images in {data_path}, one for each and in "
@@ -100,8 +82,7 @@ def parse_args(argv=None):
     add("--seed", type=whole(0), default=0, help="of everything random")
     add("--log-every", type=whole(), default=100, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--save-every", type=whole(), default=1000, metavar="STEPS", help="steps between states")
-    add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="processes that read ahead where "
-        "the data do not fit into memory")
+    add("--workers", type=whole(0), default=1, help="threads that read ahead")
     parser.set_defaults(keep=1, keep_every=None)
     return parser.parse_args(argv)
 
@@ -111,10 +92,14 @@ def main(argv=None):
     device, *_ = launch()
     latents, images, encoder = open_pairs(args.data_path, args.latents, device)
     kept_out = HELD_OUT if len(latents) >= 2 * HELD_OUT else len(latents) // 4
-    pairs, spread = Pairs(images, latents), latents.stats["var"].mean().sqrt().item()
-    order = torch.randperm(len(latents), generator=generator("cpu", args.seed, "decoder", "held out"))
-    x, z = pairs.__getitems__(order[:kept_out].tolist())
-    held_out, rest = (z.to(device).float(), x.to(device).float() / 255), order[kept_out:]
+    spread = latents.stats["var"].mean().sqrt().item()
+    order = torch.randperm(len(latents), generator=generator("cpu", args.seed, "decoder", "held out")).tolist()
+
+    def read(rows):
+        """Of `order`: z, x in [0, 1]."""
+        rows = [order[row] for row in rows]
+        return latents.read(rows)[0].to(device).float(), images.read(rows)[0].to(device).float() / 255
+    held_out = read(range(kept_out))
 
     torch.manual_seed(args.seed)
     channels, grid, _ = latents.shape
@@ -123,19 +108,15 @@ def main(argv=None):
     weights = [p for p in decoder.parameters() if p.requires_grad]
     averages = [average.get_parameter(name) for name, p in decoder.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    made = latents.description["encoder"]
-    about = {"kind": "decoder", "num_heads": DECODER_PRESETS[args.preset]["num_heads"], "encoder": made,
-             "stats": latents.stats,
-             "settings": {**vars(args), "sha256 of images": images.digest,
-                          "sha256 of encoder": made["sha256"], "sha256 of stats": digest_of(latents.stats)}}
+    about = {"kind": "decoder", "num_heads": DECODER_PRESETS[args.preset]["num_heads"], "stats": latents.stats,
+             "encoder": encoder.about, "settings": {**vars(args), "sha256 of latents": latents.sha256}}
     first_step, seconds = begin_run(about, decoder, average, optimizer)
 
-    rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
-    batches = batches_of(pairs, [rest[batch].tolist() for batch in rows], 0 if pairs.small else args.workers)
+    rows = batches_of(len(order) - kept_out, args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
+    batches = read_ahead(read, ([kept_out + row for row in batch] for batch in rows), args.workers)
     log = Log(args, first_step, seconds)
     with stop_signals() as stopped:
-        for step, (x, z) in enumerate(batches, first_step + 1):
-            x, z = x.to(device).float() / 255, z.to(device).float()
+        for step, (z, x) in enumerate(batches, first_step + 1):
             g = generator(device, args.seed, "decoder", step)
             sigma = args.noise * spread * torch.rand(len(z), 1, 1, 1, generator=g, device=device)
             noise = sigma * torch.randn(z.shape, generator=g, device=device)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import Images, RowSampler, batches_of  # noqa: E402
+from encode_latents import Images, batches_of, read_ahead  # noqa: E402
 from model import (  # noqa: E402
     IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, Log, begin_run, command, generator, launch, location,
     positive, save_state, say, stop_signals, whole)
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--seed", type=whole(0), default=0, help="of everything random")
     add("--log-every", type=whole(), default=100, metavar="STEPS", help="steps between lines of log.jsonl")
     add("--save-every", type=whole(), default=500, metavar="STEPS", help="steps between states")
-    add("--workers", type=whole(0), default=0, help="processes that read ahead; 0: read in place")
+    add("--workers", type=whole(0), default=1, help="threads that read ahead; 0: read in place")
     parser.set_defaults(keep=1, keep_every=None)
     return parser.parse_args(argv)
 
@@ -106,7 +106,7 @@ def main(argv=None):
     for unused in (net.layernorm, net.embeddings.mask_token):   # latents are without the norm's affine part
         unused.requires_grad_(False)
     order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
-    judges = images.__getitems__(order[kept:kept + BANK]), images.__getitems__(order[:kept])
+    judges = images.read(order[kept:kept + BANK]), images.read(order[:kept])
     random = accuracies(random_dinov2(*sizes).to(device), *judges)
     head = nn.Linear(args.width, len(images.classes)) if args.objective == "labels" else nn.Sequential(
         nn.Linear(args.width, 4 * args.width), nn.GELU(), nn.Linear(4 * args.width, args.width))
@@ -115,13 +115,13 @@ def main(argv=None):
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     weights, averages = ([x.get_parameter(name) for name in trained] for x in (student, average))
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    about = {"kind": "encoder", "stats": {}, "settings": {**vars(args), "sha256 of images": images.digest}}
+    about = {"kind": "encoder", "stats": {}, "settings": {**vars(args), "sha256 of images": images.sha256}}
     first_step, seconds = begin_run(about, student, average, optimizer)
     say(f"random weights: {random}")
 
     rest, log = order[kept:], Log(args, first_step, seconds)
-    rows = RowSampler(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
-    batches = batches_of(images, [[rest[i] for i in batch] for batch in rows], args.workers)
+    rows = batches_of(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
+    batches = read_ahead(images.read, ([rest[i] for i in batch] for batch in rows), args.workers)
     with stop_signals() as stopped:
         for step, (x, target) in enumerate(batches, first_step + 1):
             g = generator("cpu", args.seed, "encoder", step)

@@ -1,6 +1,5 @@
 """eval_fid.py: closed forms, independent formulas, brute force, the files it reads, and what it says to wrong ones."""
 import hashlib
-import http.client
 import io
 import json
 import re
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "sanity"))
 import random_encoder  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:covariance . is singular")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "error::ResourceWarning")
 
 
 def features(n, d, seed, scale=1.0, shift=0.0):
@@ -68,17 +67,33 @@ def test_equal_sets_and_shifted_sets():
 
 
 def test_fewer_samples_than_dimensions():
-    """Sets in a subspace have the distance they have within it, whatever the dimensions around; and it is said."""
+    """Sets in a subspace have the distance they have within it, whatever the dimensions around."""
     x, y = features(40, 8, 0).astype(np.float64), features(60, 8, 1).astype(np.float64)
     inside = frechet_distance(*of(x), *of(y))
     basis = np.linalg.qr(np.random.default_rng(2).normal(size=(64, 8)))[0].T
-    with pytest.warns(UserWarning, match="covariance 1 is singular: rank 8 of 64"):
-        assert frechet_distance(*of(x @ basis), *of(y @ basis)) == pytest.approx(inside, rel=1e-9)
+    assert frechet_distance(*of(x @ basis), *of(y @ basis)) == pytest.approx(inside, rel=1e-9)
     z = features(20, 64, 3)
-    with pytest.warns(UserWarning, match="rank 19 of 64"):
-        assert frechet_distance(*of(z), *of(z)) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(*of(z), *of(z)) == pytest.approx(0, abs=1e-9)
     apart = frechet_distance(np.zeros(4), np.diag([1.0, 4, 0, 0]), np.zeros(4), np.diag([0.0, 0, 9, 16]))
     assert apart == pytest.approx(30, rel=1e-12)                                # at right angles: no cross term
+    assert frechet_distance(np.ones(3), np.zeros((3, 3)), np.zeros(3), np.eye(3)) == pytest.approx(6, rel=1e-12)
+
+
+def test_eigenvalues_that_are_rounding():
+    """Up to the largest one's last digits times the dimensions they count as 0; below 0 by 1e-4 of it they are an error."""
+    small = 100 * np.finfo(float).eps                                           # the square roots' product would be 1e-14
+    for factor, counts in ((0.5, False), (2, True)):
+        c = np.diag([1.0] + 99 * [small * factor])
+        distance = frechet_distance(np.zeros(100), c, np.zeros(100), np.eye(100))
+        cross = 2 + 2 * 99 * (small * factor) ** 0.5 * counts
+        assert distance == pytest.approx(np.trace(c) + 100 - cross, rel=1e-12)
+    for below, taken in ((-0.9e-4, True), (-1.1e-4, False)):
+        c = np.diag([1.0, below])
+        if taken:
+            assert frechet_distance(np.zeros(2), c, np.zeros(2), np.eye(2)) == pytest.approx(1 + below + 2 - 2)
+        else:
+            with pytest.raises(InputError, match="covariance 1 is not symmetric with eigenvalues >= 0"):
+                frechet_distance(np.zeros(2), c, np.zeros(2), np.eye(2))
 
 
 @pytest.mark.parametrize(("n", "d", "scale", "shift"), [(300, 16, 1, 0), (1000, 64, 5, 3), (2000, 200, 0.01, 1)])
@@ -87,18 +102,14 @@ def test_frechet_distance_is_that_of_the_public_tools(n, d, scale, shift):
     assert frechet_distance(*of(x), *of(y)) == pytest.approx(published_formula(x, y), rel=1e-6)
 
 
-def test_moments_in_parts_merged_in_any_order():
-    x = features(1001, 24, 0).astype(np.float64) + 1e6                          # sums of squares would lose 12 digits
-    ranks = [Moments() for _ in range(4)]                                       # the last one sees nothing
-    for i, batch in enumerate(torch.from_numpy(x).split(97)):
-        ranks[i % 3].update(batch)
-    for order in (0, 1, 2, 3), (3, 2, 0, 1):
-        whole = Moments()
-        for i in order:
-            whole.merge(ranks[i])
-        assert whole.count == 1001
-        np.testing.assert_allclose(whole.mean, x.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(whole.covariance, np.cov(x - 1e6, rowvar=False), rtol=1e-6, atol=1e-8)
+def test_moments_in_parts():
+    x = features(1001, 24, 0) + 100
+    whole = Moments()
+    for batch in torch.from_numpy(x).split(97):
+        whole.update(batch)
+    assert whole.count == 1001
+    np.testing.assert_allclose(whole.mean, x.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(whole.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(("moments", "message"), [
@@ -207,6 +218,12 @@ def place(tmp_path_factory):
     np.savez(place / "adm.npz", arr_0=reference, mu=g.mean(0) + 1, sigma=np.cov(g, rowvar=False), mu_s=0, sigma_s=0)
     np.savez(place / "moments.npz", mu=g.mean(0) + 1, sigma=np.cov(g, rowvar=False))
     random_encoder.main(["--out", f"{place}/encoder", *"--width 48 --depth 1 --heads 4 --patch 4".split()])
+    (place / "few" / "all").mkdir(parents=True)
+    for i, image in enumerate(samples[:8]):
+        Image.fromarray(image).save(place / "few" / "all" / f"{i}.png")
+    for name, size, precision in (("latents", 32, "fp32"), ("large", 64, "fp32"), ("bf16", 64, "bf16")):
+        encode_latents.main(["--data-path", f"{place}/few", "--out", f"{place}/{name}", "--workers", "0", "--image-size", "32",
+                             "--encoder-size", str(size), "--encoder", f"{place}/encoder", "--precision", precision])
     return place, samples, reference, f, g
 
 
@@ -235,12 +252,9 @@ def test_metrics_through_the_torchscript_interface(place, capsys):
     assert result["samples"]["sha256"] == hashlib.sha256((place / "samples.npz").read_bytes()).hexdigest()
     assert result["features"]["sha256"] == hashlib.sha256((place / "net.pt").read_bytes()).hexdigest()
     assert (result["samples"]["count"], result["reference"]["count"]) == (203, 150)
-    assert any("under 10,000" in note for note in result["notes"]) and {"command", "torch", "numpy"} <= result.keys()
+    assert any("under 10,000" in note for note in result["notes"]) and {"command", "torch", "date"} <= result.keys()
     printed = capsys.readouterr().out
     assert f"FID               {metrics['frechet_distance']:.4f}" in printed and result["features"]["sha256"] in printed
-    run(place, "--reference", place / "reference.npz", "--digest", result["features"]["sha256"].upper())
-    with pytest.raises(InputError, match="is not --digest"):
-        run(place, "--reference", place / "reference.npz", "--digest", "0" * 64)
 
 
 def test_adm_reference_gives_its_moments_to_fid_and_its_images_to_precision(place):
@@ -251,11 +265,10 @@ def test_adm_reference_gives_its_moments_to_fid_and_its_images_to_precision(plac
     assert (adm["metrics"]["precision"], adm["metrics"]["recall"]) == brute_force(g, f, 3)
     assert moments["metrics"]["frechet_distance"] == pytest.approx(wanted, rel=1e-6)
     assert "precision" not in moments["metrics"] and any("no precision" in note for note in moments["notes"])
-    other = run(place, "--reference", place / "adm.npz", "--features", f"encoder:{place}/encoder", "--encoder-size", 32)
-    assert other["features"]["name"].startswith("RANDOM") and "moments" not in other["reference"]
+    other = run(place, "--reference", place / "adm.npz", "--features", f"encoder:{place}/latents")
+    assert other["features"]["name"].startswith("RANDOM") and other["metrics"]["frechet_distance"] != wanted
     with pytest.raises(InputError, match="mu, sigma serve --features inception only"):
-        run(place, "--reference", place / "moments.npz", "--features", f"encoder:{place}/encoder",
-            "--encoder-size", 32)
+        run(place, "--reference", place / "moments.npz", "--features", f"encoder:{place}/latents")
 
 
 def test_statistics_file_stands_for_its_images(place):
@@ -264,10 +277,10 @@ def test_statistics_file_stands_for_its_images(place):
     direct = run(place, "--reference", place / "reference.npz", "--pr-images", "100")
     save = "--reference", place / "reference.npz", "--pr-images", "100", "--save-statistics", statistics
     assert run(place, *save, samples=None) is None
-    assert direct["reference"]["pr_images"] == 100 == len(read_tensors(statistics)[0]["features"])
+    assert direct["reference"]["pr_images"] == 100 == len(read_tensors(statistics)[0][""]["features"])
     assert run(place, "--reference", statistics)["metrics"] == direct["metrics"]
     with pytest.raises(InputError, match="is of other features"):
-        run(place, "--reference", statistics, "--features", f"encoder:{place}/encoder", "--encoder-size", 32)
+        run(place, "--reference", statistics, "--features", f"encoder:{place}/latents")
 
 
 def test_folder_zip_and_npz_of_the_same_pixels(place, tmp_path):
@@ -283,8 +296,6 @@ def test_folder_zip_and_npz_of_the_same_pixels(place, tmp_path):
     one = run(place, "--reference", place / "reference.npz")
     other = run(place, "--reference", tmp_path / "reference.zip", samples=tmp_path / "folder")
     assert one["metrics"] == other["metrics"]
-    for side in ("samples", "reference"):
-        assert one[side]["pixels_sha256"] == other[side]["pixels_sha256"]
     Image.fromarray(samples[0][:20, :20]).save(tmp_path / "folder" / "small.png")
     with pytest.raises(InputError, match=r"of \(20, 20\) to \(32, 32\) pixels"):
         run(place, "--reference", place / "reference.npz", samples=tmp_path / "folder")
@@ -299,9 +310,8 @@ def test_two_processes_give_the_numbers_of_one(place):
     command = [ROOT / "eval_fid.py", *command, "--reference"]
     two = subprocess.run([*torchrun, *command, place / "reference.npz"], text=True, capture_output=True)
     assert two.returncode == 0 and two.stdout.count("FID") == 1, two.stderr
-    two = json.loads((place / "samples.metrics.json").read_text())
-    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6) and two["processes"] == 2
-    assert two["samples"]["pixels_sha256"] == one["samples"]["pixels_sha256"]
+    two = json.loads((place / "samples.inception.json").read_text())
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
     wrong = subprocess.run([sys.executable, *command, place / "none.npz"], text=True, capture_output=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "none.npz does not exist" in wrong.stderr
 
@@ -313,12 +323,13 @@ def test_npz_is_streamed(tmp_path, save):
     tracemalloc.start()
     npz = NpzImages(tmp_path / "images.npz")
     for i in range(0, 500, 10):
-        assert np.array_equal(npz.__getitems__(range(i, i + 10))[0].permute(0, 2, 3, 1), images[i:i + 10])
+        assert np.array_equal(npz.read(range(i, i + 10))[0].permute(0, 2, 3, 1), images[i:i + 10])
     peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 3e6                                                           # a batch, 0.3 MB, and copies of it
     for i in 480, 7, 250:                                                       # out of order, as ranks begin
-        assert np.array_equal(npz.__getitems__([i, i + 1])[0].permute(0, 2, 3, 1), images[i:i + 2])
+        assert np.array_equal(npz.read([i, i + 1])[0].permute(0, 2, 3, 1), images[i:i + 2])
+    tracemalloc.stop()
+    npz.archive.close()
+    assert peak < 3e6                                                           # a batch, 0.3 MB, and copies of it
 
 
 def test_degradations_raise_the_distance(place, tmp_path):
@@ -349,60 +360,34 @@ def test_degradations_raise_the_distance(place, tmp_path):
 
 
 def test_inception_file_is_fetched_once(place, tmp_path, monkeypatch, capsys):
+    """By torch.hub, with its sha256, which is seen to be wrong; what is broken off or another file is not kept."""
     place, *_ = place
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(eval_fid, "INCEPTION_URL", (place / "net.pt").as_uri())
-    line = f"fetching {(place / 'net.pt').as_uri()} ({(place / 'net.pt').stat().st_size} bytes)"
+    with pytest.raises(InputError, match="cannot fetch .*invalid hash value.*--inception PATH") as error:
+        eval_fid.inception(None, torch.device("cpu"))
+    assert "\n" not in str(error.value) and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setattr(eval_fid, "INCEPTION_SHA256", hashlib.sha256((place / "net.pt").read_bytes()).hexdigest())
+    capsys.readouterr()
     for times in 1, 0:
-        about, embed, _ = eval_fid.inception(None, None, torch.device("cpu"))
-        assert capsys.readouterr().out.count(line) == times
+        about, embed, _ = eval_fid.inception(None, torch.device("cpu"))
+        assert capsys.readouterr().out.count("fetching file:") == times
         assert embed(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 24)
+        assert about["sha256"] == eval_fid.INCEPTION_SHA256
     monkeypatch.setattr(eval_fid, "INCEPTION_URL", (tmp_path / "nothing.pt").as_uri())
     with pytest.raises(InputError, match="cannot fetch .*--inception PATH"):
-        eval_fid.inception(None, None, torch.device("cpu"))
+        eval_fid.inception(None, torch.device("cpu"))
 
 
-class Answer(io.BytesIO):
-    """What a server says: `body`, of which the header promised more where it is broken off."""
-    headers = {"Content-Length": "5000"}
-
-    def __init__(self, body, broken=False):
-        super().__init__(body)
-        self.broken = broken
-
-    def read(self, *size):
-        if self.broken:
-            raise http.client.IncompleteRead(super().read(), 4000)
-        return super().read(*size)
-
-
-@pytest.mark.parametrize("answer", [Answer(b"half", broken=True), Answer(b"<html>Forbidden</html>"), Answer(b"")])
-def test_what_is_no_network_is_not_kept(tmp_path, monkeypatch, answer):
-    """A download that breaks off, and a page answered with status 200: one line, and no file."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(eval_fid.urllib.request, "urlopen", lambda url, timeout: answer)
-    with pytest.raises(InputError, match="cannot fetch https.*: get it elsewhere") as error:
-        eval_fid.inception(None, None, torch.device("cpu"))
-    assert "\n" not in str(error.value) and not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_the_encoder_of_latents(place, tmp_path):
+def test_the_encoder_of_latents(place):
     """encoder:LATENTS takes encoder, sizes and precision from the description; untrained ones are called RANDOM."""
-    place, samples, *_ = place
-    (tmp_path / "images" / "all").mkdir(parents=True)
-    for i, image in enumerate(samples[:8]):
-        Image.fromarray(image).save(tmp_path / "images" / "all" / f"{i}.png")
-    encode_latents.main(["--data-path", f"{tmp_path}/images", "--out", f"{tmp_path}/latents", "--workers", "0", "--image-size",
-                         "32", "--encoder-size", "64", "--encoder", f"{place}/encoder", "--precision", "bf16"])
+    place, *_ = place
     reference = "--reference", place / "reference.npz", "--pr-images", "0", "--features"
-    of_latents = run(place, *reference, f"encoder:{tmp_path}/latents")
+    of_latents = run(place, *reference, f"encoder:{place}/bf16")
     about = of_latents["features"]
-    assert (about["encoder_size"], about["untrained"], about["name"]) == (64, True, "RANDOM encoder (untrained)")
-    bf16 = of_latents["metrics"]["frechet_distance"]
-    fp32 = run(place, *reference, f"encoder:{place}/encoder", "--encoder-size", "64")["metrics"]["frechet_distance"]
+    assert (about["encoder_size"], about["precision"], about["name"]) == (64, "bf16", "RANDOM encoder (untrained)")
+    bf16, fp32 = (run(place, *reference, f"encoder:{place}/{name}")["metrics"]["frechet_distance"] for name in ("bf16", "large"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.2)
-    with pytest.raises(InputError, match=r"no encoder random:width=48.*random_encoder.py"):
-        run(place, *reference, "encoder:random:width=48,depth=1", "--encoder-size", "32")
 
 
 def test_names_with_dots(place):
@@ -415,8 +400,9 @@ def test_names_with_dots(place):
             Image.fromarray(image).save(place / name / f"{i}.png")
         for path in (f"{name}.npz", name):
             args = eval_fid.parse_args([str(place / path), "--reference", "x"])
-            assert args.out == f"{place}/{name}.metrics.json"
-    assert eval_fid.parse_args(["a.npz", "--reference", "x"]).out == "a.metrics.json"
+            assert args.out == f"{place}/{name}.inception.json"
+    for features, name in (("dinov2", "dinov2"), ("encoder:runs/x", "encoder-runs-x")):       # each kind a file of its own
+        assert eval_fid.parse_args(["a.npz", "--reference", "x", "--features", features]).out == f"a.{name}.json"
 
 
 def test_two_processes_one_result(place):
@@ -427,7 +413,7 @@ def test_two_processes_one_result(place):
     argv = [sys.executable, "-c", code, place / ".out.json.lock"]
     other = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match="being written by another process"):
+    with pytest.raises(InputError, match="is written by another process"):
         run(place, "--reference", place / "reference.npz")
     other.communicate()
     assert not (place / "out.json").exists()
@@ -495,17 +481,12 @@ BAD = {
     "negative.npz": (header((-1, 32, 32, 3)), "arr_0 is uint8"),
     "both negative.npz": (header((-4, -4, -4, 3), bytes(192)), "arr_0 is uint8"),
     "overflow.npz": (header((2**62, 4, 4, 3)), "not as long as its header says"),
-    "overflow to 0.npz": (header((2**60, 2**32, 2**32, 3)), "not as long as its header says"),
-    "zero.npz": (header((10**30, 0, 0, 3)), "arr_0 is uint8"),
-    "flat.npz": (header((5,)), "arr_0 is uint8"),
     "cut.npz": (lambda path: (np.savez(path, arr_0=IMAGES), truncated(path)), "is not a readable .npz"),
     "flipped.npz": (lambda path: (np.savez(path, arr_0=draw(20, 0)), flipped(path)), "is damaged .*CRC"),
     "text.npz": (lambda path: path.write_text("hello"), "is not a readable .npz"),
-    "empty.npz": (lambda path: path.write_bytes(b""), "is not a readable .npz"),
     "nothing.npz": (saved(images=IMAGES), "with arr_0"),
     "pickle.npz": (saved(arr_0=np.array([{}, {}], dtype=object)), "arr_0 is object"),
     "float.npz": (saved(arr_0=IMAGES / 255), "arr_0 is float64"),
-    "gray.npz": (saved(arr_0=IMAGES[..., :1]), r"arr_0 is uint8 \(8, 32, 32, 1\)"),
     "chw.npz": (saved(arr_0=IMAGES.transpose(0, 3, 1, 2)), r"must be uint8 \(N, S, S, 3\)"),
     "fortran.npz": (saved(arr_0=np.asfortranarray(IMAGES)), "in Fortran order"),
     "size.npz": (saved(arr_0=np.zeros((8, 16, 16, 3), np.uint8)), r"of \[16, 32\] pixels"),
@@ -525,26 +506,13 @@ def test_wrong_samples(place, tmp_path, name):
     assert "\n" not in str(error.value) and name in str(error.value) + name * ("few" in message or "pixels" in message)
 
 
-def statistics(about, **changes):
-    """A file of statistics that has this description."""
-    tensors = {"mean": torch.zeros(24), "covariance": torch.eye(24), "features": torch.ones(9, 24)} | changes
-    return lambda path: write_tensors(path, tensors, {"about": about})
-
-
 @pytest.mark.parametrize(("name", "make", "message"), [
     ("mu.npz", saved(mu=np.zeros(5), sigma=np.eye(5)), "is of other features"),
     ("sigma.npz", saved(mu=np.zeros(24)), "is not a readable .npz"),
     ("indefinite.npz", saved(mu=np.zeros(24), sigma=-np.eye(24)), "not symmetric with eigenvalues >= 0"),
     ("pickled.npz", saved(mu=np.array([{}], dtype=object), sigma=np.eye(2)), "allow_pickle=False"),
-    ("cut.npz", lambda path: (np.savez(path, mu=np.zeros(24), sigma=np.eye(24)), truncated(path)), "is not a readable"),
-    ("other.safetensors", lambda path: write_tensors(path, {"x": torch.zeros(1)}), "has no statistics"),
-    *((f"{i}.safetensors", statistics(about), "has no statistics") for i, about in enumerate(
-        ("[]", "3", "null", "{}", "{", "[" * 100_000, '{"features": []}', '{"features": {}}',
-         '{"features": {"width": 24}, "count": "many"}'))),
-    ("square.safetensors", statistics('{"features": {"width": 24}}', covariance=torch.eye(3)), "has no statistics"),
-    ("wide.safetensors", statistics('{"features": {"width": 24}}', features=torch.ones(9, 3)), "has no statistics"),
-    ("scalar.npz", saved(mu=np.zeros(()), sigma=np.eye(5)), "is not a readable .npz"),
-    ("names.npz", saved(mu=np.array(["a"]), sigma=np.eye(1)), "is not a readable .npz"),
+    ("other.safetensors", lambda path: write_tensors(path, {"": {"x": torch.zeros(1)}}), "has no statistics"),
+    ("nothing.npz", saved(x=np.zeros(3)), "has no arr_0"),
     ("text.safetensors", lambda path: path.write_text("hello"), "cannot read"),
     ("text.zip", lambda path: path.write_text("hello"), "no whole .zip")])
 def test_wrong_reference(place, tmp_path, name, make, message):
@@ -559,7 +527,7 @@ def test_wrong_reference(place, tmp_path, name, make, message):
     (lambda path: torch.jit.script(NotANetwork()).save(path), "does not answer as it should"),
     (lambda path: torch.save({"a": 1}, path), "is no TorchScript file"),
     (lambda path: path.write_text("hello"), "is no TorchScript file"),
-    (lambda path: None, "cannot read")])
+    (lambda path: None, "is no TorchScript file")])
 def test_wrong_network(place, tmp_path, make, message):
     make(tmp_path / "net.pt")
     with pytest.raises(InputError, match=message) as error:
@@ -570,11 +538,8 @@ def test_wrong_network(place, tmp_path, make, message):
 @pytest.mark.parametrize(("flags", "words"), [
     (["--micro-batch", "0"], "--micro-batch: '0' is no whole number at least 1"),
     (["--pr-images", "3"], "--pr-images 3: 0, or more than 3"), (["--pr-images", "-1"], "--pr-images"),
-    (["--image-size", "0"], "--image-size"), (["--encoder-size", "-1"], "--encoder-size"),
-    (["--image-size", "32"], "--image-size does nothing for a reference of one size"),
-    (["--encoder-size", "32"], "--encoder-size does nothing without --features encoder:ENCODER"),
-    (["--features", "dinov2", "--inception", "x"], "--inception does nothing without --features inception"),
-    (["--features", "encoder:somewhere"], "somewhere has no latents.json.*give its --encoder-size PX too")])
+    (["--image-size", "0"], "--image-size"), (["--out", "samples.npz"], "--out samples.npz: a name that ends in .json"),
+    (["--save-statistics", "x.npz"], "--save-statistics x.npz: a name that ends in .safetensors")])
 def test_wrong_arguments(place, capsys, flags, words):
     with pytest.raises(SystemExit) as end:
         main([f"{place[0]}/samples.npz", "--reference", f"{place[0]}/reference.npz", *flags])

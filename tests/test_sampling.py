@@ -106,14 +106,27 @@ def test_a_sample_file(place, tmp_path):
     plain, _ = run(place, "teacher", tmp_path / "plain.npz", "--nfe", 4)
     guided, _ = run(place, "teacher", tmp_path / "guided.npz", "--nfe", 4, "--guidance", 5)
     assert len({x.tobytes() for x in (heun, plain, guided)}) == 3
-    run(place, "student", a, "--batch-size", 8, "--png", tmp_path / "png")
-    assert len(list((tmp_path / "png").glob("*.png"))) == 20
-    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "png" / "000004_1.png")), images[4])
+    with numpy.load(a) as file:                   # for the ADM suite there is nothing more than it knows
+        assert file["arr_0"].dtype == numpy.uint8 and file["arr_1"].dtype == numpy.int64
+
+
+def test_a_grid_alone_keeps_nothing(place, tmp_path, monkeypatch):
+    """Looking again, with other labels, guidance or seed, is never refused; 64 images unless told."""
+    monkeypatch.chdir(tmp_path)
+    pictures = []
+    for more in ([], ["--seed", 1], ["--labels", "dog"], ["--guidance", 3], ["--num-samples", 4]):
+        sample.main([str(place / "teacher"), "--decoder", f"{place}/decoder", "--nfe", "2", "--grid", "grid.png", *map(str, more)])
+        pictures.append(numpy.asarray(Image.open("grid.png")))
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    assert len({picture.tobytes() for picture in pictures}) == 5 and pictures[0].shape[0] > 5 * pictures[4].shape[0]
+    images, labels = run(place, "teacher", tmp_path / "a.npz", "--nfe", 2, "--num-samples", 64)
+    sample.draw_grid("same.png", images, labels, ["cat", "dog", "2"])
+    assert numpy.array_equal(numpy.asarray(Image.open("same.png")), pictures[0])
 
 
 def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch, capsys):
     images, _ = run(place, "student", tmp_path / "a.npz", "--batch-size", 8)
-    original, calls = sample.to_uint8, []
+    original, calls, parts = sample.to_uint8, [], tmp_path / "c.npz.parts"
 
     def interrupted(*a):
         calls.append(1)
@@ -123,25 +136,38 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "to_uint8", interrupted)
     with pytest.raises(RuntimeError, match="interrupted"):
         run(place, "student", tmp_path / "c.npz", "--batch-size", 8)
-    assert not (tmp_path / "c.npz").exists() and (tmp_path / "c.part").exists()
-    (tmp_path / "c.part" / ".000001.safetensors.tmp").write_bytes(b"half")
+    assert {path.name for path in parts.iterdir()} == {"about.json", "000000.safetensors"} and not (tmp_path / "c.npz").exists()
+    (parts / ".000001.safetensors.tmp").write_bytes(b"half")
     (tmp_path / ".c.npz.tmp").write_bytes(b"half")
     (tmp_path / ".important_tmp_backup").write_bytes(b"mine")
-    with pytest.raises(model.InputError, match="c.part holds other work .seed: 0 there, 7 now"):
+    with pytest.raises(model.InputError, match="c.npz.parts holds other work .seed: 0 there, 7 now"):
         run(place, "student", tmp_path / "c.npz", "--batch-size", 8, "--seed", 7)
     capsys.readouterr()
     assert numpy.array_equal(run(place, "student", tmp_path / "c.npz", "--batch-size", 8)[0], images)
     assert "goes on: 1 of 3 batches are there" in capsys.readouterr().out
     assert (tmp_path / "c.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"a.npz", "a.json", ".a.npz.lock", "c.npz", "c.json", ".c.npz.lock", ".important_tmp_backup"}
+    assert left == {"a.npz", ".a.npz.lock", "c.npz", ".c.npz.lock", ".important_tmp_backup"}
+
+
+def test_nothing_of_the_users_is_touched(place, tmp_path):
+    """Neither an .npz that is not ours, nor what lies in a folder of our name, nor files of the names that older versions used."""
+    for name in ("dataset.json", "dataset.part/photo.png", "mine.npz.parts/photo.png", "dataset.npz.parts/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    numpy.savez(tmp_path / "theirs.npz", arr_0=numpy.zeros(3))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, words in (("theirs", "is no whole sample file of ours"), ("mine", "mine.npz.parts holds something else")):
+        with pytest.raises(model.InputError, match=words):
+            run(place, "student", tmp_path / f"{name}.npz")
+    run(place, "student", tmp_path / "dataset.npz")
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_first_lines_say_what_it_is(place, tmp_path, capsys):
     run(place, "teacher", tmp_path / "a.npz", "--nfe", 2, "--labels", "dog,0,2")
-    first, labels, *_ = (line for line in capsys.readouterr().out.splitlines() if not line.startswith("note"))
-    assert "teacher, 0.1 million parameters, 2 evaluations an image; 20 images of 16 px" in first
-    assert labels == "labels: 1 (dog), 0 (cat), 2 (2)"
+    first, *_ = (line for line in capsys.readouterr().out.splitlines() if not line.startswith("note"))
+    assert "teacher, 2 evaluations an image, 20 images, seed 0" in first and first.endswith("labels [1, 0, 2]")
 
 
 LINES_OF_README = """
@@ -170,9 +196,9 @@ def test_the_lines_of_the_readme(place, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("argv", "name"), [
     (["runs/w1.0"], "w1.0_2"), (["a/student.pt"], "student_2"), (["runs/mf/"], "mf_2"), (["org/x/model.safetensors"], "model_2"),
-    (["runs/mf/state_00000050.safetensors"], "mf_50_2")])
+    (["runs/mf/state_00000050.safetensors"], "mf_50_2"), (["runs/t", "--guidance", "1.50"], "t_2_w1.5")])
 def test_default_names(argv, name):
-    assert sample.default_out(sample.parse_args([*argv, "--nfe", "2"])) == f"samples/{name}"
+    assert sample.default_out(sample.parse_args([*argv, "--nfe", "2"])) == f"samples/{name}.npz"
 
 
 # ---- what a sample file is known by --------------------------------------------------------------------------
@@ -183,7 +209,7 @@ def test_identity_is_by_content(place, tmp_path):
     out = tmp_path / "a.npz"
     run(place, "student", out)
     made = out.read_bytes()
-    note = model.read_json(tmp_path / "a.json")["settings"]
+    note = sample.read_about(tmp_path / "a.npz")
     assert not any(str(place) in str(value) for value in note.values()) and (note["nfe"], note["seed"]) == (1, 0)
     moved = tmp_path / "elsewhere"
     (tmp_path / "student").rename(moved)
@@ -196,24 +222,18 @@ def test_identity_is_by_content(place, tmp_path):
                        ("sha256 of stats", ["--stats", tmp_path / "stats.safetensors"]), ("seed", ["--seed", 7])):
         with pytest.raises(model.InputError, match=rf"a.npz holds other work \({what}: .* there, [^;]* now\)"):
             run(place, tmp_path / "on" if "network" in what else "student", out, *more)
-    (tmp_path / "a.json").unlink()
-    with pytest.raises(model.InputError, match="a.npz holds other work"):
-        run(place, "student", out)
 
 
 def test_names_with_dots(place, tmp_path, monkeypatch):
-    """w1.0 and w1.5 share no file, given with .npz or without, or by the network's name."""
+    """w1.0 and w1.5 share no file, given by name or made of the network's."""
     monkeypatch.chdir(tmp_path)
     for name in ("w1.0", "w1.5"):
         shutil.copytree(place / "student", tmp_path / name)
         run(place, tmp_path / name, tmp_path / f"{name}.npz")
-        sample.main([name, "--decoder", f"{place}/decoder", "--num-samples", "2", "--out", f"x/{name}"])
         sample.main([name, "--decoder", f"{place}/decoder", "--num-samples", "2"])
     let_go()
-    for folder, names in ((tmp_path, ("w1.0", "w1.5")), (tmp_path / "x", ("w1.0", "w1.5")),
-                          (tmp_path / "samples", ("w1.0_1", "w1.5_1"))):
-        files = {path.name for path in folder.iterdir() if path.suffix in (".npz", ".json")}
-        assert files == {f"{name}{suffix}" for name in names for suffix in (".npz", ".json")}
+    for folder, names in ((tmp_path, {"w1.0.npz", "w1.5.npz"}), (tmp_path / "samples", {"w1.0_1.npz", "w1.5_1.npz"})):
+        assert {path.name for path in folder.iterdir() if path.is_file() and path.name[0] != "."} == names
 
 
 def test_two_processes_one_file(place, tmp_path):
@@ -292,7 +312,7 @@ def test_a_teachers_default_times(place, monkeypatch):
     ("teacher", ["--guidance", "nan"], "--guidance"), ("teacher", ["--guidance", "2", "--guidance-interval", "0", "2"],
                                                        "--guidance-interval"),
     ("teacher", ["--solver", "heun", "--nfe", "3"], "--nfe 3 with --solver heun"),
-    ("student", ["--grid", "picture"], "--grid picture: a file name that ends in .png")])
+    ("student", ["--grid", "picture"], "a name that ends in .png"), ("student", ["--out", "a.json"], "--out one in .npz")])
 def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
     with pytest.raises(SystemExit) as end:
         run(place, network, tmp_path / "no.npz", *flags)
@@ -321,11 +341,11 @@ def test_no_decoder_to_be_had(place, tmp_path, monkeypatch):
         return model.ViTDecoder(**{**DECODER, "in_channels": 8}), {"stats": None}
     for stand_in in (offline, other):
         monkeypatch.setattr(sample, "load_decoder", stand_in)
-        with pytest.raises(model.InputError, match="or train one: python sanity/train_decoder.py --data-path"):
+        with pytest.raises(model.InputError, match="or python sanity/train_decoder.py makes one"):
             sample.main([f"{place}/student", "--out", f"{tmp_path}/no.npz"])
     with pytest.raises(model.InputError) as error:
         sample.main([f"{place}/student", "--decoder", "x/y", "--out", f"{tmp_path}/no.npz"])
-    assert "train one" not in str(error.value) and not list(tmp_path.iterdir())
+    assert "train_decoder" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_pictures_of_nothing(place, tmp_path):
@@ -336,25 +356,22 @@ def test_pictures_of_nothing(place, tmp_path):
     out = tmp_path / "a.npz"
     with pytest.raises(model.InputError, match="images 0 to 19 are not finite: weights or statistics are damaged"):
         run(place, tmp_path / "student", out)
-    assert not out.exists() and not list((tmp_path / "a.part").iterdir())
-    run(place, "student", out)
-
-
-@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000])
-def test_hostile_notes(place, tmp_path, text):
-    out = tmp_path / "a.npz"
-    run(place, "student", out)
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(model.InputError, match=r"a\.json|holds other work"):
-        run(place, "student", out)
+    assert not out.exists() and [path.name for path in (tmp_path / "a.npz.parts").iterdir()] == ["about.json"]
+    run(place, "student", tmp_path / "b.npz")
 
 
 def test_a_damaged_sample_file(place, tmp_path):
-    out = tmp_path / "a.npz"
+    """And descriptions that are none."""
+    out, parts = tmp_path / "a.npz", tmp_path / "b.npz.parts"
     run(place, "student", out)
     out.write_bytes(out.read_bytes()[:5000])
-    with pytest.raises(model.InputError, match="a.npz is damaged .*: remove it and repeat the command"):
-        run(place, "student", out, "--grid", tmp_path / "grid.png")
+    with pytest.raises(model.InputError, match="a.npz is no whole sample file of ours .*: give another --out, or remove it"):
+        run(place, "student", out)
+    parts.mkdir()
+    for text in ("[]", "{", "[" * 100_000):
+        (parts / "about.json").write_text(text)
+        with pytest.raises(model.InputError, match="about.json"):
+            run(place, "student", tmp_path / "b.npz")
 
 
 def test_ctrl_c_is_one_line(place, tmp_path):

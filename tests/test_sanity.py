@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -35,12 +36,17 @@ def chain(tmp_path_factory):
     for name, part in zip(NAMES, (0.02, 0.9, 0.4, 0.03), strict=True):
         images = (1 - part) * real + part * np.random.default_rng(0).uniform(0, 255, real.shape)
         path = folder / "run/samples" / f"{name.lower().replace(' ', '_')}.npz"
-        np.savez(path, arr_0=images.astype(np.uint8), arr_1=np.arange(120) % 10)
-        write_json(path.with_suffix(".json"), {"settings": {"seed": 0, "nfe": NAMES[name]}})
+        save_samples(path, images.astype(np.uint8), NAMES[name])
     write_lines(folder / "run/seconds.txt", "teacher 120", "sample teacher 50 12", "MFD 99")
     (folder / "run/teacher").mkdir()
     write_lines(folder / "run/teacher/log.jsonl", '{"step": 1, "seconds": 80.0}', '{"step": 2, "seconds": 200.0}')
     return folder
+
+
+def save_samples(path, images, nfe):
+    np.savez(path, arr_0=images, arr_1=np.arange(len(images)) % 10)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("about.json", json.dumps({"seed": 0, "nfe": nfe}))
 
 
 def write_lines(path, *lines):
@@ -255,9 +261,9 @@ def test_encoder_learns_resumes_and_encodes(objective, chain, tmp_path, capsys, 
         train_encoder.main([*arguments, "--out", str(whole), "--width", "18", "--heads", "3"])
     config = read_json(whole / "config.json")
     net = encode_latents.Encoder(whole, 16, 16)
-    assert not net.untrained and net.shape == (16, 4, 4) and config["training"]["objective"] == objective
+    assert not net.about["untrained"] and net.shape == (16, 4, 4) and config["training"]["objective"] == objective
     # What was trained is what is encoded: the mean of the latents.
-    x, _ = encode_latents.Images(chain / "digits/train", 16).__getitems__([0, 50, 100])
+    x, _ = encode_latents.Images(chain / "digits/train", 16).read([0, 50, 100])
     with torch.no_grad():
         expected = train_encoder.features(net.net, x / 255)
         assert torch.allclose(net(x).mean((2, 3)), expected, atol=1e-5)
@@ -320,7 +326,8 @@ def test_report_refuses_samples(chain, decoder, tmp_path, change, message):
     else:
         np.savez(path, **{**np.load(chain / "run/samples/teacher_50.npz"), **change})
     if change == {}:
-        write_json(path.with_suffix(".json"), {"settings": {"seed": 0, "nfe": 50}})
+        with zipfile.ZipFile(path, "a") as file:
+            file.writestr("about.json", json.dumps({"seed": 0, "nfe": 50}))
     with pytest.raises(InputError, match=message):
         report.main([*report_arguments(chain), "--samples", f"MFD 1={path}:1"])
 
@@ -364,7 +371,7 @@ def test_synthetic_data_train_every_stage(tmp_path):
     """And leave their logs alone, whose numbers are not all 0."""
     synthetic.write_latents(tmp_path / "latents", (12, 4, 4), 5, 40, 64, shard_size=16)
     latents = encode_latents.Latents(tmp_path / "latents")
-    z, y = latents.__getitems__([0, 17, 39])
+    z, y = latents.read([0, 17, 39])
     assert len(latents) == 40 and y.tolist() == [0, 2, 4] and abs(z.float().std() - 1) < 0.1
     assert (latents.stats["var"].mean() - 1).abs() < 0.1
     synthetic.write_teacher(tmp_path / "teacher", tmp_path / "latents", 5, "DiTDH-mini")

@@ -49,7 +49,7 @@ def main():
     v = load_network(run / "teacher", "teacher")[0]
     net, v = net.to(device).requires_grad_(False), v.to(device).requires_grad_(False)
     g = generator("cpu", 0, "derivative errors")
-    z_0, y = data.__getitems__(torch.randint(len(data), (args.rows,), generator=g).tolist())
+    z_0, y = data.read(torch.randint(len(data), (args.rows,), generator=g).tolist())
     u = torch.rand(args.rows, 2, generator=g)
     s, t = time_shift(u, about["time_shift"]).sort(dim=1).values.unbind(1)
     eps = torch.randn(z_0.shape, generator=g)

@@ -105,7 +105,7 @@ class Judge:
 @torch.no_grad()
 def effective_rank(latents):
     """exp of the entropy of the eigenvalues of the tokens' covariance, as shares (Roy and Vetterli, 2007)."""
-    z, _ = latents.__getitems__(list(range(0, len(latents), max(1, len(latents) // 4000))))
+    z, _ = latents.read(list(range(0, len(latents), max(1, len(latents) // 4000))))
     share = torch.linalg.eigvalsh(z.float().transpose(0, 1).flatten(1).cov().double()).clamp(min=1e-12)
     share = share / share.sum()
     return (-(share * share.log()).sum()).exp().item()

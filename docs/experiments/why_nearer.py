@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from encode_latents import Images, Latents, encoder_of  # noqa: E402
+from encode_latents import Images, encoder_of  # noqa: E402
 from model import ArgumentParser, command  # noqa: E402
 from sanity.report import classifier, distance, measure, read, read_samples  # noqa: E402
 
@@ -50,8 +50,8 @@ def main(argv=None):
     parser.add_argument("--blur", nargs="*", type=float, default=[0.3, 0.35, 0.4, 0.5], help="pixels")
     args = parser.parse_args(argv)
     run, device = Path(args.run), torch.device("cpu")
-    description = Latents(run / "latents").description
-    size, encoder = description["encoder"]["image_size"], encoder_of(description)
+    encoder = encoder_of(run / "latents")
+    size = encoder.about["identity"]["image_size"]
     train, held_out = (Images(Path(args.data, part), size) for part in ("train", "held-out"))
     real, labels = read(held_out, range(len(held_out)))
     spaced = torch.linspace(0, len(train) - 1, len(held_out), dtype=torch.float64).round().long().tolist()

@@ -417,7 +417,7 @@ def sampling(args, device):
 def reader(args):
     """Samples per second of the latents' reader, random order, one process, from the page cache; and of plainly
     reading the same bytes."""
-    from encode_latents import Latents, RowSampler, batches_of
+    from encode_latents import Latents, batches_of, read_ahead
     from sanity.synthetic import write_latents
     shape, count, each = (768, args.px // 16, args.px // 16), 2048, 512
     with tempfile.TemporaryDirectory() as folder:
@@ -434,8 +434,8 @@ def reader(args):
                         pass
 
         def ours():
-            order = RowSampler(len(latents), 0, 256, [(0, 256)], 0, count // 256)
-            for _ in batches_of(latents, order, 0):
+            order = batches_of(len(latents), 0, 256, [(0, 256)], 0, count // 256)
+            for _ in read_ahead(latents.read, order, 0):
                 pass
         functions = {"plain sequential read": plain, "reader, random order": ours}
         seconds, in_plain, _ = repeated(functions, args.repeats, torch.device("cpu"), plain)

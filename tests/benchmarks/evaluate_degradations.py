@@ -67,7 +67,7 @@ def main(argv=None):
     first, second = order[:len(data) // 2], order[len(data) // 2:]
 
     def pixels(indices):
-        return data.__getitems__(list(indices))[0].permute(0, 2, 3, 1).numpy()
+        return data.read(list(indices))[0].permute(0, 2, 3, 1).numpy()
 
     def features(images):
         batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(250)
