@@ -1,8 +1,8 @@
 """Images -> frozen DINOv2 with registers -> latents on disk, with their statistics; and the readers of both.
 
-An image is prepared as ADM does (box halvings, bicubic, centre crop), resized to the encoder's size, and
-becomes the encoder's last hidden state: patch tokens alone, final LayerNorm without its affine part (RAE,
-arXiv 2510.11690). Latents are stored raw, as float16, in shards; mean and variance (C, H, W) lie beside them.
+An image is prepared as ADM does, resized to the encoder's size, and becomes the encoder's last hidden state:
+patch tokens alone, final LayerNorm without its affine part (RAE, arXiv 2510.11690). Latents are stored raw,
+as float16, in shards; their mean and variance (C, H, W) lie beside them.
 
     python encode_latents.py --data-path imagenet/train               # one GPU (or CPU): writes data/latents
     torchrun --nproc_per_node=8 encode_latents.py --data-path imagenet/train                    # eight GPUs
@@ -11,8 +11,8 @@ arXiv 2510.11690). Latents are stored raw, as float16, in shards; mean and varia
     python encode_latents.py --verify                                 # read everything back, and prove it
 
 A shard covers fixed images, so the files are the same whatever the number of processes, and the same command
-goes on where it was stopped. Folder: latents.json (what is encoded, by what; first), shard_*.safetensors,
-skipped.txt if any were, latent_stats.safetensors (last: with it the folder is finished).
+goes on where it was stopped. Folder: first latents.json (what is encoded, by what), then the shards, and
+skipped.txt if any were, last latent_stats.safetensors: with it the folder is finished.
 """
 import collections
 import functools
@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import stat
 import warnings
 import zipfile
@@ -35,9 +34,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 
 from model import (
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, generator, launch, load_stats,
-    location, lock, number, progress, read_json, read_tensors, refuse_other, say, whole, write_atomically,
-    write_json, write_tensors)
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, generator, launch,
+    load_stats, location, lock, number, progress, read_json, read_tensors, refuse_other, say, whole,
+    write_atomically, write_json, write_tensors)
 
 DINOV2 = "facebook/dinov2-with-registers-base"
 SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
@@ -99,40 +98,33 @@ def is_hidden(name):
 
 
 def list_folder(path, left_out):
-    """{name: name} of the files under a folder, and of its folders, which end in "/". Links are followed, to
-    each folder once. What is passed over is counted in `left_out`."""
-    found, waiting, root = {}, [""], os.stat(path)
-    seen = {(root.st_dev, root.st_ino)}
+    """{name: name} of what lies under a folder; folders end in "/". Links are followed, to each folder once;
+    what is passed over is counted in `left_out`."""
+    found, seen, waiting = {}, {os.path.realpath(path)}, [""]
     while waiting:
         inside = waiting.pop()
-        for entry in sorted(os.scandir(Path(path, inside)), key=lambda entry: entry.name):
+        for entry in os.scandir(Path(path, inside)):
             name = inside + entry.name
             if is_hidden(entry.name):
                 left_out["hidden or of the system"] += 1
-            elif entry.is_dir():
-                key = entry.stat().st_dev, entry.stat().st_ino
-                if key in seen:
-                    left_out["links to what is here anyway"] += 1
-                else:
-                    seen.add(key)
-                    found[f"{name}/"] = name
-                    waiting.append(f"{name}/")
             elif entry.is_file():
                 found[name] = name
+            elif not entry.is_dir() or (place := os.path.realpath(entry)) in seen:
+                left_out["pipes, devices, or links to nothing new"] += 1
             else:
-                left_out["pipes, devices or links to nothing"] += 1
+                seen.add(place)
+                found[f"{name}/"] = name
+                waiting.append(f"{name}/")
     return found
 
 
 def list_archive(archive, left_out):
-    """The same of a .zip: {name: the entry's own}; one folder around all of it is taken off."""
+    """{name: entry} of a .zip, likewise; one folder around all of it is taken off."""
     found = {}
     for entry in archive.infolist():
         name = entry.filename.replace("\\", "/").removeprefix("./")         # Windows' tools write backslashes
-        if any(map(is_hidden, filter(None, name.split("/")))):
-            left_out["hidden or of the system"] += 1
-        elif stat.S_ISLNK(entry.external_attr >> 16):
-            left_out["links"] += 1
+        if any(map(is_hidden, filter(None, name.split("/")))) or stat.S_ISLNK(entry.external_attr >> 16):
+            left_out["hidden or of the system, or links"] += 1
         else:
             found[name] = entry.filename
     tops = {name.partition("/")[0] for name in found}
@@ -153,14 +145,14 @@ def label_by_folder(where, found, images):
     if folders and beside:
         raise InputError(f"{where}: {beside[0]} lies beside the class folders: move it ({len(beside)} such)")
     if empty := sorted(set(folders) - set(of.values())):
-        raise InputError(f"{where}: {empty[0]} holds no images: fill or remove it ({len(empty)} such folders)")
+        raise InputError(f"{where}: {empty[0]} holds no images: fill or remove it ({len(empty)} such)")
     ids = {name: i for i, name in enumerate(folders)}
     return folders or [Path(where).resolve().stem], {name: ids.get(of[name], 0) for name in images}
 
 
 def label_by_list(where, text, images):
-    """The same by dataset.json of StyleGAN's, EDM2's and REPA's dataset tools: {"labels": [[name, id], ...]}, or
-    null, which is one class. InputError: a file without a label, or a label without a file."""
+    """The same by dataset.json of StyleGAN's, EDM2's and REPA's tools: {"labels": [[name, id], ...]}; null
+    is one class. InputError: a file without a label, or a label without a file."""
     try:
         labels = dict(json.loads(text)["labels"] or [(name, 0) for name in images])
         count = max(labels.values()) + 1
@@ -180,12 +172,13 @@ class Images:
     """The images of a folder of class folders (nested at will), or of a .zip of one, which is read in place.
 
     Class ids follow the sorted folder names (for ImageNet's wnids: the published ids), or dataset.json.
-    Attributes: `classes` (names), `paths` (sorted by class, then name), `labels` (N,) int64, `sha256` (of
-    these; of a .zip's contents, too). An index >= N is the horizontally flipped copy of index - N.
-    InputError: no images, an empty class, unreadable."""
+    skip_bad: unreadable images stand in `skipped`, {index: why}. Attributes: `classes` (names), `paths`
+    (sorted by class, then name), `labels` (N,) int64, `sha256` (of these; of a .zip's contents, too).
+    An index >= N is the flipped copy of index - N. InputError: no images, an empty class, unreadable."""
 
-    def __init__(self, path, image_size):
-        self.path, self.image_size, self.zip, left_out = Path(path), image_size, None, collections.Counter()
+    def __init__(self, path, image_size, skip_bad=False):
+        self.path, self.image_size, self.zip = Path(path), image_size, None
+        self.skip_bad, self.skipped, left_out = skip_bad, {}, collections.Counter()
         if self.path.is_dir():
             found = list_folder(path, left_out)
         else:
@@ -223,7 +216,7 @@ class Images:
         return self.zip.open(self.entries[name]) if self.zip else open(self.path / name, "rb")
 
     def pixels(self, index):
-        """-> uint8 (S, S, 3). InputError: no picture. What the disk or the memory refuses is raised as it is."""
+        """-> uint8 (S, S, 3). InputError: no picture. What disk or memory refuse is none."""
         name = self.paths[index % len(self)]
         try:
             with self.open(name) as file:
@@ -235,19 +228,18 @@ class Images:
                              "replace or remove it (encode_latents.py --skip-bad leaves it out)") from error
         return pixels[:, ::-1] if index >= len(self) else pixels
 
-    def read(self, indices, skipped=None):
-        """-> uint8 (B, 3, S, S), labels (B,) int64. InputError: an unreadable one, unless there is a list
-        `skipped`, where it is noted."""
+    def read(self, indices):
+        """-> uint8 (B, 3, S, S), labels (B,) int64; B is less where images are skipped."""
         pixels, kept = [], []
         for i in indices:
             try:
                 pixels.append(self.pixels(i))
                 kept.append(i % len(self))
             except InputError as error:
-                if skipped is None:
+                if not self.skip_bad:
                     raise
-                skipped.append(str(error))
-        x = np.array(pixels, np.uint8).reshape(len(kept), self.image_size, self.image_size, 3)
+                self.skipped[i] = str(error)
+        x = np.array(pixels, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
         return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), self.labels[kept]
 
 
@@ -257,8 +249,9 @@ def sha256(content):
 
 
 def read_ahead(read, batches, threads):
-    """read(batch) for each of `batches`, in order, ahead in threads: Pillow, numpy and torch let go of Python's
-    lock. 0: in place."""
+    """read(batch) for each of `batches`, in order, ahead in threads, or in place (0).
+
+    Threads are enough: Pillow, numpy and torch let go of Python's lock."""
     if not threads:
         yield from map(read, batches)
         return
@@ -300,8 +293,9 @@ class Encoder(nn.Module):
         self.requires_grad_(False).eval()
         # Weights, and what changes the answer and is not told by them.
         names = "num_attention_heads", "layer_norm_eps", "hidden_act"
-        identity = {"sha256": digest_of(self.net.state_dict()), **{name: getattr(config, name) for name in names},
-                    "image_size": image_size, "encoder_size": self.encoder_size, "precision": precision}
+        identity = {name: getattr(config, name) for name in names} | {
+            "sha256": digest_of(self.net.state_dict()), "image_size": image_size,
+            "encoder_size": self.encoder_size, "precision": precision}
         untrained = getattr(config, "untrained", None) is True
         self.about = {"id": str(source), "untrained": untrained, "identity": identity}
 
@@ -316,19 +310,18 @@ class Encoder(nn.Module):
 
 
 def load_dinov2(source):
-    from transformers import AutoConfig, Dinov2WithRegistersModel
+    from transformers import Dinov2WithRegistersModel
     from transformers.utils import logging
     logging.disable_progress_bar()
     try:
-        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         net, notes = Dinov2WithRegistersModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+            source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:                    # transformers raises a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"no encoder {source} ({reason}): give --encoder a folder or Hub id of a DINOv2 with "
+        raise InputError(f"no encoder {source} ({reason}): give a folder or Hub id of a DINOv2 with "
                          "registers; sanity/random_encoder.py makes an untrained one") from error
-    if kind != "dinov2_with_registers" or notes["missing_keys"]:
-        raise InputError(f"{source} is a {kind} model, a dinov2_with_registers one is needed as --encoder")
+    if notes["missing_keys"]:
+        raise InputError(f"{source} is another kind of model: give a DINOv2 with registers")
     return net
 
 
@@ -365,8 +358,8 @@ def read_shard(folder, about, k, check=False):
     """-> {"latents", "labels", "sum", "squares"}, maps of the file; what it says; its sha256."""
     parts, said, digests = read_tensors(shard_path(folder, k), check=check)
     if (said or {}).get("identity") != sha256(about["identity"]):
-        raise InputError(f"{shard_path(folder, k)} is of other latents than latents.json: remove it, and repeat "
-                         "the command that made these")
+        raise InputError(f"{shard_path(folder, k)} is of other latents than latents.json: remove it, and "
+                         "repeat the command that made these")
     return parts[""], said, digests[""]
 
 
@@ -409,7 +402,7 @@ def epoch(number, count, seed, flips):
 
 
 def batches_of(count, seed, batch_size, rows, first_step, last_step, flips=False):
-    """For each step in first_step .. last_step - 1 and each (start, stop) of `rows`, the indices of these rows.
+    """For each step in first_step .. last_step - 1 and (start, stop) of `rows`, the indices of these rows.
 
     Row r of step k is position k * batch_size + r in an endless sequence of epochs, so the samples are the
     same however a run is split or goes on."""
@@ -436,8 +429,8 @@ class TrainingData:
             self.data, self.flips = Images(data_path, made["image_size"]), made["flips"]
             self.encode = encoder_of(latents)
             if self.data.classes != self.classes:
-                raise InputError(f"{data_path} has other classes than {latents}, made from {about['data']}: give "
-                                 "the images that these latents are of")
+                raise InputError(f"{data_path} has other classes than {latents}, made from {about['data']}: "
+                                 "give the images that these latents are of")
         self.sha256 = sha256([made, self.classes, digest_of(self.stats), self.data.sha256])
 
     def batches(self, args, rows, first_step, device):
@@ -448,7 +441,8 @@ class TrainingData:
             batch = self.data.read(indices)
             return [x.pin_memory() for x in batch] if device.type == "cuda" else batch
         encode = self.encode.to(device)
-        indices = batches_of(len(self.data), args.seed, args.batch_size, rows, first_step, args.steps, self.flips)
+        indices = batches_of(
+            len(self.data), args.seed, args.batch_size, rows, first_step, args.steps, self.flips)
         for x, y in read_ahead(read, indices, args.workers):
             yield encode(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
@@ -461,19 +455,17 @@ def encode_shards(images, encoder, shards, out, identity, args):
     plan = [(k, rows[i:i + args.batch_size]) for k, rows in shards.items()
             for i in range(0, len(rows), args.batch_size)]
 
-    def read(rows):
-        skipped = [] if args.skip_bad else None
-        return *images.read(rows, skipped), skipped or []
-    parts, batches = [], read_ahead(read, [rows for _, rows in plan], args.workers)
-    for (k, rows), (x, y, skipped) in zip(plan, progress(batches, len(plan), "batches"), strict=True):
+    parts, batches = [], read_ahead(images.read, [rows for _, rows in plan], args.workers)
+    for (k, rows), (x, y) in zip(plan, progress(batches, len(plan), "batches"), strict=True):
         z = encoder(x.to(device)).half() if len(x) else torch.empty(0, *encoder.shape).half()
         if not z.isfinite().all():
-            raise InputError(f"latents of {images.paths[rows[0] % len(images)]}, or of the {len(rows) - 1} after "
-                             "it, are not finite in float16: look at the encoder's weights")
-        parts.append((z.cpu(), y, skipped))
+            raise InputError(f"latents of {images.paths[rows[0] % len(images)]}, or of the {len(rows) - 1} "
+                             "after it, are not finite in float16: look at the encoder's weights")
+        parts.append((z.cpu(), y))
         if rows[-1] == shards[k][-1]:
-            z, y, skipped = zip(*parts, strict=True)
-            write_shard(out, k, torch.cat(z), torch.cat(y), identity, sum(skipped, []))
+            z, y = map(torch.cat, zip(*parts, strict=True))
+            skipped = [images.skipped[i] for i in shards[k] if i in images.skipped]
+            write_shard(out, k, z, y, identity, skipped)
             parts = []
 
 
@@ -489,14 +481,15 @@ def write_shard(out, k, z, y, identity, skipped=()):
 
 def statistics(folder, about, check=False):
     """-> {"mean", "var"} of all latents, by the sums of their shards; labels; what was skipped."""
-    count, sums, squares, labels, skipped = 0, 0, 0, [], []
+    sums, squares, labels, skipped = 0, 0, [], []
     for k in range(about["shards"]):
         tensors, said, _ = read_shard(folder, about, k, check)
-        count, sums, squares = count + len(tensors["labels"]), sums + tensors["sum"], squares + tensors["squares"]
+        sums, squares = sums + tensors["sum"], squares + tensors["squares"]
         labels.append(tensors["labels"])
         skipped += said["skipped"]
-    mean, square = sums / max(count, 1), squares / max(count, 1)
-    return {"mean": mean, "var": (square - mean.square()).clamp(min=0)}, torch.cat(labels), skipped
+    labels = torch.cat(labels)
+    mean, square = (x / max(len(labels), 1) for x in (sums, squares))
+    return {"mean": mean, "var": (square - mean.square()).clamp(min=0)}, labels, skipped
 
 
 def finish(out, about):
@@ -510,12 +503,12 @@ def finish(out, about):
         write_atomically(out / "skipped.txt", lambda file: file.write(text.encode(errors="backslashreplace")))
     write_tensors(out / "latent_stats.safetensors", {"": stats})
     shape, listed = "x".join(map(str, about["shape"])), " (skipped.txt)" * bool(skipped)
-    say(f"{out}: {len(labels):,} latents of {shape}, {len(about['classes'])} classes; {len(skipped):,} images "
-        f"unreadable and left out{listed}")
+    say(f"{out}: {len(labels):,} latents of {shape}, {len(about['classes'])} classes; "
+        f"{len(skipped):,} images unreadable and left out{listed}")
 
 
 def verify(out):
-    """Read every file back. InputError: one is damaged, of other latents, or the statistics are not theirs."""
+    """Read all back. InputError: a file is damaged or of other latents, or the statistics are not theirs."""
     about = read_about(out)
     stats, labels, _ = statistics(out, about, check=True)
     written = load_stats(out, about["shape"])
@@ -528,21 +521,18 @@ def verify(out):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     cores, pixels = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), number(int, 1, 2 ** 14)
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument
     add("--data-path", type=location, default="data/imagenet/train",
         help="folder of class folders, or a .zip of one")
     add("--image-size", type=pixels, default=256, help="pixels (paper; also 512)")
     add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
     add("--skip-bad", action="store_true", help="list unreadable images in skipped.txt, in place of stopping")
-    add = parser.add_argument_group("encoder").add_argument
     add("--encoder", type=location, default=DINOV2,
         help="folder or Hub id of a Dinov2WithRegistersModel (RAE)")
     add("--encoder-size", type=pixels, help="pixels that it sees (default: image size * patch / 16; RAE)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, of 8 bits")
-    add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=whole(), default=64, help="images per process and pass; changes rounding alone")
     add("--workers", type=whole(0), default=min(16, cores), help="threads per process that decode images")
-    add = parser.add_argument_group("files").add_argument
     add("--out", type=location, default="data/latents",
         help="folder for the latents, on a disk that all processes share")
     add("--shard-size", type=whole(), default=4096, help="images per file: 1.6 GB at 256 px")
@@ -550,17 +540,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def begin(out, about, needed):
-    """Make `out` the folder of these latents, or see that it is; see that they fit the disk."""
-    there = sum(path.stat().st_size for path in out.glob("shard_*.safetensors"))
-    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
-    say(f"{out}: {needed / 1e9:,.2f} GB are needed, {there / 1e9:,.2f} are there, {free / 1e9:,.2f} free")
-    if needed - there > free:
-        raise InputError(f"the latents do not fit into {out}: make space, or have the stages encode on the fly "
-                         "(their --data-path)")
+def begin(out, about):
+    """Make `out` the folder of these latents, or see that it is."""
     if (out / "latents.json").exists():
         refuse_other(out, read_json(out / "latents.json").get("identity", {}), about["identity"])
-    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+    elif any(out.glob("[!.]*")) or out.is_file():
         raise InputError(f"{out} holds something else: give an --out that is empty or new")
     lock(out / ".lock")
     if not (out / "latents.json").exists():
@@ -573,7 +557,7 @@ def main(argv=None):
     device, rank, world = launch(hours=24)
     if args.verify:
         return verify(out) if rank == 0 else None
-    images = Images(args.data_path, args.image_size)
+    images = Images(args.data_path, args.image_size, args.skip_bad)
     if images.path.is_dir() and images.path.resolve() in out.resolve().parents:
         raise InputError(f"--out {out} lies within the images: give one elsewhere")
     encoder = Encoder(args.encoder, args.image_size, args.encoder_size, args.precision).to(device)
@@ -582,10 +566,12 @@ def main(argv=None):
         "data": images.path.resolve().name, "shape": encoder.shape, "shards": math.ceil(total / size),
         "encoder": {**encoder.about, "from_here": os.path.relpath(args.encoder, out)},
         "classes": images.classes,
-        "identity": {"images": images.sha256, "flips": args.flips, "shard_size": size, **encoder.about["identity"]}}
+        "identity": {"images": images.sha256, "flips": args.flips, "shard_size": size,
+                     **encoder.about["identity"]}}
     if rank == 0:
-        say(f"{len(images):,} images in {len(images.classes)} classes, on {world} x {device.type}")
-        begin(out, about, total * (math.prod(encoder.shape) * 2 + 8))
+        say(f"{len(images):,} images in {len(images.classes)} classes, on {world} x {device.type}: "
+            f"{total * math.prod(encoder.shape) * 2 / 1e9:,.2f} GB of latents in {out}")
+        begin(out, about)
     barrier()
 
     shards = {k: range(k * size, min((k + 1) * size, total)) for k in range(about["shards"])}

@@ -12,7 +12,6 @@ Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 1904.06991 (precision, recall)
 What each number is, and whose numbers it may stand beside: docs/EVALUATION.md.
 """
 import hashlib
-import math
 import re
 import zipfile
 import zlib
@@ -24,11 +23,13 @@ import torch
 import torch.distributed as dist
 
 from model import (
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, all_reduce, barrier, command, digest_of, is_first, launch,
-    location, lock, number, progress, provenance, read_tensors, say, whole, write_json, write_tensors)
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, all_reduce, barrier, command, digest_of, is_first,
+    launch, location, lock, number, progress, provenance, read_tensors, say, whole, write_json, write_tensors)
 
-INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+                 "inception-2015-12-05.pt")
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INTERFACE = "needed is one with the interface of inception-2015-12-05.pt"
 # Neighbours of precision and recall (ADM).
 K = 3
 
@@ -42,7 +43,8 @@ class Moments:
 
     def update(self, features):
         x = features.double()
-        self.count, self.total, self.scatter = self.count + len(x), self.total + x.sum(0), self.scatter + x.T @ x
+        self.count += len(x)
+        self.total, self.scatter = self.total + x.sum(0), self.scatter + x.T @ x
         return self
 
     @property
@@ -55,18 +57,20 @@ class Moments:
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6), in float64 on the CPU.
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6).
 
-    (D,), (D, D), (D,), (D, D), tensors or arrays -> float >= 0.
+    (D,), (D, D), (D,), (D, D), tensors or arrays -> float >= 0, computed in float64 on the CPU.
     Its last trace is the sum of the singular values of C_1^1/2 C_2^1/2: taken as such they are real, and keep
     the digits that squaring would cost where a covariance is singular. Eigenvalues that rounding cannot tell
     from 0 count as 0. InputError: shapes disagree, a value is not finite, or a `cov` is no covariance."""
     from scipy.linalg import eigh, svdvals
-    mean_1, cov_1, mean_2, cov_2 = (torch.as_tensor(x).double().cpu().numpy() for x in (mean_1, cov_1, mean_2, cov_2))
-    if mean_1.ndim != 1 or mean_2.shape != mean_1.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
-        raise InputError(f"means {mean_1.shape} and {mean_2.shape}, covariances {cov_1.shape} and {cov_2.shape} "
-                         "do not fit: use one kind of features")
-    if not all(np.isfinite(x).all() for x in (mean_1, cov_1, mean_2, cov_2)):
+    moments = [torch.as_tensor(x).double().cpu().numpy() for x in (mean_1, cov_1, mean_2, cov_2)]
+    mean_1, cov_1, mean_2, cov_2 = moments
+    square = cov_1.shape == cov_2.shape == 2 * mean_1.shape
+    if mean_1.ndim != 1 or mean_2.shape != mean_1.shape or not square:
+        raise InputError(f"moments of shapes {[x.shape for x in moments]} do not fit: use one kind of "
+                         "features")
+    if not all(np.isfinite(x).all() for x in moments):
         raise InputError("a mean or covariance is not finite: of fewer than 2 images, or its file is damaged")
     roots = []
     for place, cov in enumerate((cov_1, cov_2), 1):
@@ -74,7 +78,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
         largest = abs(values).max()
         # Files in float32 are off by 1e-6.
         if values[0] < -1e-4 * largest or abs(cov - cov.T).max() > 1e-4 * largest:
-            raise InputError(f"covariance {place} is not symmetric with eigenvalues >= 0: get an undamaged file")
+            raise InputError(f"covariance {place} is not symmetric with eigenvalues >= 0: a damaged file")
         kept = values > largest * len(values) * np.finfo(float).eps
         # C = R R^T
         roots.append(vectors[:, kept] * values[kept] ** 0.5)
@@ -102,8 +106,9 @@ def precision_recall(real, fake, k=K, block=2048):
 
     def share_in_manifold(points, of):
         # k + 1: a point's nearest is itself.
-        radii = [squared_distances(rows, of)[0].topk(k + 1, largest=False).values[:, k] for rows in of.split(block)]
-        radii, inside = torch.cat(radii), []
+        nearest = [squared_distances(rows, of)[0].topk(k + 1, largest=False).values
+                   for rows in of.split(block)]
+        radii, inside = torch.cat(nearest)[:, k], []
         for rows in points.split(block):
             distances, rounding = squared_distances(rows, of)
             # Less rounding, so that ties count, as in exact arithmetic.
@@ -140,23 +145,21 @@ class NpzImages:
     """`arr_0` of an .npz, streamed: 50,000 images of 256 px are 10 GB, a batch is not."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, formats = path, np.lib.format
         with complaint(f"{path} is not a readable .npz with arr_0", "make or download it again"):
             self.archive = zipfile.ZipFile(path)
             self.member = self.archive.open("arr_0.npy")
-            formats = np.lib.format
             first = formats.read_magic(self.member) == (1, 0)
             read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
             self.shape, fortran, dtype = read(self.member)
-            self.start, self.row = self.member.tell(), math.prod(self.shape[1:])
-            length = self.archive.getinfo("arr_0.npy").file_size
-        square = len(self.shape) == 4 and self.shape[1:] == (self.shape[1], self.shape[1], 3)
-        if dtype != np.uint8 or fortran or not square or min(self.shape[:2]) < 0 or not self.row:
-            raise InputError(f"{path}: arr_0 is {dtype} {self.shape}{' in Fortran order' * fortran}, and must be uint8 "
-                             "(N, S, S, 3) in C order: write it as sample.py does")
-        if length != self.start + self.shape[0] * self.row:
-            raise InputError(f"{path}: arr_0 is not as long as its header says: make or download it again")
-        self.image_size = self.shape[1]
+            _, size, *_ = self.shape
+            self.start, self.row, self.image_size = self.member.tell(), 3 * size * size, size
+            length = self.archive.getinfo("arr_0.npy").file_size - self.start
+        wanted = (size, size, 3), np.uint8, False, self.shape[0] * self.row
+        if (self.shape[1:], dtype, fortran, length) != wanted:
+            order = " in Fortran order" * fortran
+            raise InputError(f"{path}: arr_0 is {dtype} {self.shape}{order}, and must be uint8 (N, S, S, 3), "
+                             "in C order, of the length that its header says")
 
     def __del__(self):
         with suppress(AttributeError):            # it was no .npz
@@ -177,7 +180,7 @@ class NpzImages:
 def open_images(path, size=None):
     """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does (None: all have one)."""
     if not Path(path).exists():
-        raise InputError(f"{path} does not exist: give an .npz, a folder or a .zip (python sample.py makes samples)")
+        raise InputError(f"{path} does not exist: give an .npz (sample.py makes it), a folder or a .zip")
     if Path(path).suffix == ".npz":
         return NpzImages(path)
     from encode_latents import Images
@@ -186,12 +189,11 @@ def open_images(path, size=None):
         from PIL import Image
         sizes = set()
         for name in images.paths:
-            with complaint(f"{path}/{name} is no image", "replace or remove it"), images.open(name) as file:
-                sizes.add(Image.open(file).size)
-        if len(sizes) > 1 or len(set(min(sizes))) > 1:
-            raise InputError(f"{path} has images of {min(sizes)} to {max(sizes)} pixels: samples must be square "
-                             "and of one size")
-        images.image_size = min(sizes)[0]
+            with complaint(f"{path}/{name} is no image", "remove it"), images.open(name) as file:
+                sizes |= set(Image.open(file).size)
+        if len(sizes) > 1:
+            raise InputError(f"{path} has sides of {sorted(sizes)} pixels: samples are square, of one size")
+        images.image_size = sizes.pop()
     return images
 
 
@@ -206,11 +208,11 @@ def inception(path, device):
         path = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
         if is_first() and not path.exists():
             say(f"fetching {INCEPTION_URL} to {path}")
-            with complaint(f"cannot fetch {INCEPTION_URL}", "get it elsewhere and give it as --inception PATH"):
+            with complaint(f"cannot fetch {INCEPTION_URL}", "get it elsewhere, for --inception PATH"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
         barrier()
-    with complaint(f"{path} is no TorchScript file", "give one with the interface of inception-2015-12-05.pt"):
+    with complaint(f"{path} is no TorchScript file", INTERFACE):
         net = torch.jit.load(path, map_location=device).eval()
     about = {"name": "Inception (TorchScript)", "sha256": file_digest(path)}
     return (about, lambda images: net(images, return_features=True),
@@ -221,8 +223,8 @@ def dinov2(source, device):
     """CLS token after a DINOv2's last LayerNorm, at 224 px by Pillow's bicubic: dgm-eval's (2306.04675)."""
     from PIL import Image
     from transformers import AutoConfig, AutoModel
-    with complaint(f"--features {source}: not inception, dinov2 or encoder:LATENTS, and no DINOv2 by this name",
-                   "give one of these, or a DINOv2's folder or Hub id"):
+    with complaint(f"--features {source} is not inception, dinov2, encoder:LATENTS or a DINOv2 by its name",
+                   "give one of these"):
         # Else there is no need to ask the Hub.
         if "/" not in source and not Path(source).exists():
             raise ValueError("neither a folder nor ORGANIZATION/NAME")
@@ -245,8 +247,9 @@ def frozen_encoder(latents, device):
     """The encoder that made the latents in a folder, its tokens averaged over the grid."""
     from encode_latents import encoder_of
     net = encoder_of(latents).to(device)
-    about, name = net.about, "RANDOM encoder (untrained)" if net.about["untrained"] else "encoder"
-    return {"name": name, "source": about["id"], **about["identity"]}, lambda images: net(images).mean((2, 3)), None
+    name = "RANDOM encoder (untrained)" if net.about["untrained"] else "encoder"
+    about = {"name": name, "source": net.about["id"], **net.about["identity"]}
+    return about, lambda images: net(images).mean((2, 3)), None
 
 
 def load_features(args, size, device):
@@ -259,8 +262,7 @@ def load_features(args, size, device):
         source = {"dinov2": "facebook/dinov2-large"}.get(args.features, args.features)
         about, features, probabilities = dinov2(source, device)
     blank = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
-    with torch.no_grad(), complaint(f"{about['name']} does not answer as it should",
-                                    "a TorchScript file needs the interface of inception-2015-12-05.pt"):
+    with torch.no_grad(), complaint(f"{about['name']} does not answer as it should", INTERFACE):
         f, p = features(blank), probabilities(blank) if probabilities else torch.ones(2, 1)
         if not f.dim() == p.dim() == len(f) == len(p) == 2 or ((p.sum(1) - 1).abs() > 1e-3).any():
             raise ValueError(f"features {tuple(f.shape)} and probabilities {tuple(p.shape)} of 2 images")
@@ -269,7 +271,10 @@ def load_features(args, size, device):
 
 def file_digest(path):
     with complaint(f"cannot read {path}", "check the path"), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while piece := file.read(2 ** 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # ---- From images to statistics -----------------------------------------------
@@ -289,7 +294,7 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
         batch = images.read(rows)[0].to(device)
         f = embed(batch).float()
         if not f.isfinite().all():
-            raise InputError(f"features of images {i} to {rows[-1]} are not finite: the network's file is damaged")
+            raise InputError(f"features of images {i} to {rows[-1]} are not finite: the network is damaged")
         moments.update(f)
         features.append(f.cpu()[keep[i:rows.stop]])
         if classify:
@@ -312,7 +317,7 @@ STATISTICS = "mean", "covariance", "features"
 # ---- The command -------------------------------------------------------------
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n\n")[0])
-    add = parser.add_argument_group("images").add_argument
+    add = parser.add_argument
     add("samples", type=location, nargs="?",
         help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images of one size")
     add("--reference", type=location, required=True,
@@ -320,17 +325,15 @@ def parse_args(argv=None):
     add("--image-size", type=whole(), metavar="PX", help="of a reference folder (default: the samples')")
     add("--pr-images", type=number(int, 0), default=10_000, metavar="N",
         help="images of the reference, evenly spread, for precision and recall, at most (ADM); 0: neither")
-
-    add = parser.add_argument_group("features").add_argument
     add("--features", default="inception",
         help="inception (FID), dinov2 (facebook/dinov2-large), another DINOv2's Hub id or folder, or "
              "encoder:LATENTS, the encoder that made these")
-    add("--inception", type=location, metavar="PATH", help=f"TorchScript file (default: {INCEPTION_URL}, fetched once)")
+    add("--inception", type=location, metavar="PATH",
+        help=f"TorchScript file (default: {INCEPTION_URL}, fetched once)")
     add("--micro-batch", type=whole(), default=64, help="images per device and forward pass (ADM)")
-
-    add = parser.add_argument_group("files").add_argument
     add("--out", type=location, metavar="JSON", help="the results (default: SAMPLES.FEATURES.json)")
-    add("--save-statistics", type=location, metavar="FILE", help="keep the reference's, .safetensors; needs no SAMPLES")
+    add("--save-statistics", type=location, metavar="FILE",
+        help="keep the reference's, .safetensors; needs no SAMPLES")
 
     args = parser.parse_args(argv)
     if not args.samples and not args.save_statistics:
@@ -340,15 +343,14 @@ def parse_args(argv=None):
     if args.samples and not args.out:
         kind = re.sub(r"\W+", "-", args.features)
         args.out = re.sub(r"\.(npz|zip)$", "", str(Path(args.samples))) + f".{kind}.json"
-    for flag, value, suffix in (("--out", args.out, ".json"), ("--save-statistics", args.save_statistics, ".safetensors")):
-        if value and not value.endswith(suffix):
-            parser.error(f"{flag} {value}: a name that ends in {suffix}")
+    for flag, suffix in (("out", ".json"), ("save_statistics", ".safetensors")):
+        if not (getattr(args, flag) or suffix).endswith(suffix):
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: a name that ends in {suffix}")
     return args
 
 
 def open_reference(args, samples):
-    """-> images or None; what a statistics file holds: its tensors (an ADM .npz: mean and covariance), or {}, and
-    what it says of itself.
+    """-> images or None; {name: tensor} of the STATISTICS that the file brings; what it says of them.
 
     ADM's references hold mu and sigma of the Inception features of ImageNet's whole training set, and 10,000
     of its images, for precision and recall."""
@@ -357,8 +359,7 @@ def open_reference(args, samples):
         parts, about, _ = read_tensors(path)
         stored = parts.get("", {})
         if set(stored) != set(STATISTICS) or not about:
-            raise InputError(f"{path} has no statistics: eval_fid.py --reference IMAGES --save-statistics FILE "
-                             "makes them")
+            raise InputError(f"{path} has no statistics: eval_fid.py --save-statistics FILE makes them")
         return None, stored, about
     if path.suffix == ".npz" and path.exists():
         with complaint(f"{path} is not a readable .npz", "make or download it again"), np.load(path) as file:
@@ -369,7 +370,8 @@ def open_reference(args, samples):
                 if not stored:
                     raise ValueError("it has no arr_0, and mu, sigma serve --features inception only")
                 return None, stored, {"features": {"width": len(stored["mean"])}}
-    return open_images(args.reference, args.image_size or samples is not None and samples.image_size or None), stored, {}
+    size = samples.image_size if samples is not None else None
+    return open_images(args.reference, args.image_size or size), stored, {}
 
 
 def main(argv=None):
@@ -381,18 +383,20 @@ def main(argv=None):
     # Images of one size, and the network that sees them
     samples = open_images(args.samples) if args.samples else None
     real, stored, of_stored = open_reference(args, samples)
-    given = {name: images for name, images in (("samples", samples), ("reference", real)) if images is not None}
+    given = {"samples": samples, "reference": real}
+    given = {name: images for name, images in given.items() if images is not None}
     counts = {"reference": of_stored.get("count"), **{name: len(images) for name, images in given.items()}}
     sizes = {images.image_size for images in given.values()} | {of_stored.get("image_size")} - {None}
     if len(sizes) > 1:
-        raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one size (a "
-                         "reference folder is brought to --image-size)")
-    if min(map(len, given.values()), default=K + 1) <= K:
-        raise InputError(f"{min(map(len, given.values()))} images are too few: give {K + 1} at least, to publish 50,000")
+        raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one "
+                         "(--image-size is a reference folder's)")
+    fewest = min(map(len, given.values()), default=K + 1)
+    if fewest <= K:
+        raise InputError(f"{fewest} images are too few: give {K + 1} at least, to publish it 50,000")
     about, embed, classify = load_features(args, *sizes or [256], device)
     used = of_stored.get("features", {})
     if any(used[key] != about.get(key) for key in used.keys() - {"source"}):
-        raise InputError(f"{args.reference} is of other features, {used}, than {about}: make or get one of these")
+        raise InputError(f"{args.reference} is of other features, {used}, than {about}: make one of these")
     say(f"{about['name']}: features of {counts} images on {world} x {device.type}")
     if is_first():
         for file in filter(None, (args.out, args.save_statistics)):
@@ -422,29 +426,28 @@ def main(argv=None):
     if classify:
         metrics["inception_score"] = inception_score(probabilities)
     if args.pr_images and pr_images:
-        metrics["precision"], metrics["recall"] = precision_recall(stored["features"].to(device), fake.to(device))
+        real, fake = stored["features"].to(device), fake.to(device)
+        metrics["precision"], metrics["recall"] = precision_recall(real, fake)
     else:
         notes.append("no precision and recall: the reference has no images, or --pr-images is 0")
     for name, count in counts.items():
         if count and count < 10_000:
-            notes.append(f"{count:,} {name}: under 10,000 the distance is biased upwards; compare equal counts only")
+            notes.append(f"{count:,} {name}: under 10,000 the distance is biased upwards: compare equal ones")
         if count and count <= about["width"]:
             notes.append(f"{count:,} {name}, {about['width']:,} features: the covariance is singular")
     of_samples = {"path": args.samples, "count": counts["samples"], "image_size": samples.image_size}
     for side in (of_samples, reference):
         if Path(side["path"]).is_file():
             side["sha256"] = file_digest(side["path"])
-    write_json(args.out, {"metrics": metrics, "notes": notes, "features": about, "samples": of_samples, "k": K,
-                          "reference": {**reference, "pr_images": pr_images}, **provenance()})
-    for name, side in (("samples", of_samples), ("reference", reference), ("features", about)):
-        say(f"{name:18}" + ", ".join(f"{key} {value}" for key, value in side.items()))
-    titles = {"inception": "FID", "dinov2": "FD-DINOv2"}
-    for key, value in metrics.items():
-        title = titles.get(args.features, "Frechet distance") if key == "frechet_distance" else key.replace("_", " ")
-        say(f"{title:18}{value:.4f}")
-    for note in notes:
+    reference["pr_images"] = pr_images
+    write_json(args.out, {"metrics": metrics, "notes": notes, "features": about, "samples": of_samples,
+                          "reference": reference, "k": K, **provenance()})
+    title = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features, "frechet distance")
+    for name, value in {title: distance, **metrics}.items():
+        if name != "frechet_distance":
+            say(f"{name.replace('_', ' '):18}{value:.4f}")
+    for note in [*notes, f"all of it is in {args.out}"]:
         say(f"note: {note}")
-    say(f"written: {args.out}")
 
 
 if __name__ == "__main__":

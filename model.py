@@ -7,8 +7,7 @@
 Time t runs from 0 (data) to 1 (noise): z_t = (1 - t) z_0 + t eps.
 A teacher predicts the velocity v = E[eps - z_0 | z_t].
 A student predicts the mean velocity h over [s, t], s <= t.
-Sources: MeanFlow (arXiv 2505.13447), MF-RAE (arXiv 2511.13019).
-The backbone and the decoder are those of RAE (arXiv 2510.11690).
+Sources: MeanFlow (arXiv 2505.13447), MF-RAE (2511.13019); backbone and decoder: RAE (2510.11690).
 
 Parameters have the names of the published checkpoints. Three of them mislead:
 `s_embedder` and `s_projector` belong to the encoder tower, not to the time s;
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-# Imported before there is a process group, which its default arguments would keep to the interpreter's end.
+# Before there is a process group, which this module's default arguments would keep alive to the very end.
 import torch.distributed.nn.functional  # noqa: F401
 import torch.nn.functional as F
 from torch import nn
@@ -117,9 +116,7 @@ class LabelEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """A 1x1 convolution, (B, C, G, G) -> (B, N, d).
-
-    As a matrix product: cuDNN's convolutions would use TF32."""
+    """A 1x1 convolution, (B, C, G, G) -> (B, N, d), as a product: cuDNN's convolutions would use TF32."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -174,9 +171,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def modulation(width, parts):
-    """condition -> `parts` shifts, scales and gates.
-
-    Zero at the start, so that a block is the identity (AdaLN-Zero, DiT)."""
+    """condition -> `parts` shifts, scales and gates, at first 0: a block is the identity (AdaLN-Zero)."""
     layer = nn.Linear(width, parts * width)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -359,9 +354,7 @@ class DecoderLayer(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """(B, C, G, G) de-normalized latents -> (B, 3, G * patch, G * patch) images.
-
-    Images are nominally in [0, 1], not clipped."""
+    """(B, C, G, G) de-normalized latents -> (B, 3, G * patch, G * patch) images, about in [0, 1]."""
 
     def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, mlp_size, patch_size=16):
         super().__init__()
@@ -393,23 +386,17 @@ class ViTDecoder(nn.Module):
 
 # ---- Time, the PF-ODE and its long jumps ---------------------
 def default_time_shift(shape):
-    """a = max(1, sqrt(C H W / 4096)) for a latent of shape (C, H, W) (RAE).
-
-    6.93 at 768x16x16, 13.86 at 768x32x32."""
+    """a = max(1, sqrt(C H W / 4096)) for a latent of shape (C, H, W) (RAE): 6.93 at 768x16x16."""
     return max(1.0, math.sqrt(math.prod(shape) / 4096))
 
 
 def time_shift(u, a):
-    """shift(u) = a u / (1 + (a - 1) u): [0, 1] -> [0, 1], a number or a tensor.
-
-    Towards 1 (noise) for a > 1."""
+    """shift(u) = a u / (1 + (a - 1) u): [0, 1] -> [0, 1], towards 1 (noise) for a > 1."""
     return a * u / (1 + (a - 1) * u)
 
 
 def ode_times(steps, a):
-    """The PF-ODE grid t_i = shift(1 - i / steps), i = 0 .. steps.
-
-    Floats, from exactly 1 down to exactly 0."""
+    """The PF-ODE grid t_i = shift(1 - i / steps), i = 0 .. steps: floats, from exactly 1 to exactly 0."""
     return [time_shift(1 - i / steps, a) for i in range(steps)] + [0.0]
 
 
@@ -446,15 +433,7 @@ def guided(teacher, scale, interval=(0.0, 1.0), weak=None):
 
     v_weak: the weaker teacher `weak` (autoguidance, arXiv 2406.02507),
     or the teacher without label (CFG, 2207.12598), which does not change a row that has no label.
-    Intervals: arXiv 2404.07724. Costs two evaluations.
-    InputError: an empty interval, a weak teacher of other latents or classes."""
-    if interval[0] > interval[1]:
-        raise InputError(f"guidance from t = {interval[0]} to {interval[1]}: the lower time comes first")
-    if weak and (weak.shape, weak.num_classes) != (teacher.shape, teacher.num_classes):
-        raise InputError(
-            f"the weak teacher has latents {weak.shape} and {weak.num_classes} classes, the teacher "
-            f"{teacher.shape} and {teacher.num_classes}")
-
+    Intervals: arXiv 2404.07724. Costs two evaluations."""
     def velocity(z, t, y):
         if weak:
             v, v_weak = teacher(z, t, y), weak(z, t, y)
@@ -544,7 +523,8 @@ def say(text):
 
 def progress(items, total, unit):
     """The items, with a bar in a terminal, or a line every half minute where there is none."""
-    bar, said = tqdm(items, total=total, unit=f" {unit}", disable=None if is_first() else True), time.monotonic()
+    bar = tqdm(items, total=total, unit=f" {unit}", disable=None if is_first() else True)
+    said = time.monotonic()
     for n, item in enumerate(bar, 1):
         if bar.disable and time.monotonic() > said + 30:
             said = time.monotonic()
@@ -563,8 +543,8 @@ def launch(hours=0.5):
         raise InputError(f"the environment has {given}: unset these, or start with torchrun")
     tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     if "WORLD_SIZE" not in os.environ and any(os.environ.get(name, "1") != "1" for name in tasks):
-        raise InputError("srun or mpirun started several tasks, all with the same work. Let each node run "
-                         "torchrun --nnodes=N --nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=...")
+        raise InputError("srun or mpirun started several tasks, all with the same work: let each node run "
+                         "torchrun --nnodes=N --nproc_per_node=GPUS ... (the script's first lines show it)")
     rank, local, world = map(int, given.values())
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -584,14 +564,13 @@ def is_first():
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Over all processes, in place; returns the tensor."""
+    """Over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def barrier():
-    """Wait until every process is here."""
     all_reduce(torch.zeros(()))
 
 
@@ -714,10 +693,11 @@ def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
         return teacher, None
     if args.weak_teacher:
         weak, about_weak = load_network(args.weak_teacher, "teacher")
+        check_fit("the weak teacher", weak, "the teacher", teacher.shape, teacher.num_classes)
         weak.to(teacher.pos_embed.device).requires_grad_(False)
         return guided(teacher, args.guidance, interval, weak), about_weak["sha256"]
     if about.get("settings", {}).get("label_dropout") == 0:
-        say("warning: the teacher was trained with --label-dropout 0; guidance needs it without label")
+        say("warning: guidance needs the teacher without label, and it was trained with --label-dropout 0")
     return guided(teacher, args.guidance, interval), None
 
 
@@ -727,7 +707,7 @@ FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_acti
 
 
 def refuse_other(where, before, now, free=()):
-    """InputError, naming what differs, unless the settings `before`, of `where`, are `now`, but for `free`."""
+    """InputError, naming what differs, unless settings `before`, of `where`, are `now`, `free` ones aside."""
     other = [f"{name}: {before.get(name)} there, {now.get(name)} now" for name in {**now, **before}
              if name not in free and before.get(name) != now.get(name)]
     if other:
@@ -866,7 +846,7 @@ def read_tensors(path, only=None, check=True):
 
 # ---- Networks in files ---------------------------------------
 def find(source):
-    """The file of a network: itself; of a folder the newest state, or model.safetensors; or the Hub's.
+    """The file of a network: itself; of a folder the newest state, or model.safetensors; or of the Hub.
 
     There, or in its cache: ORGANIZATION/REPOSITORY/FILE, or .../FOLDER for the model.safetensors in it."""
     path, parts = Path(source), str(source).split("/")
@@ -901,36 +881,43 @@ def read_parts(source):
     return {"": {name: x for name, x in weights.items() if name != "step"}}, None, {}
 
 
-def load(source, network, sizes, new=()):
-    """-> network(**sizes(state, about)) with the weights of `source`, the average where there are two; about.
+def read_state(source):
+    """-> {name: tensor} of a network, of its average where a file has both; what else the file says.
 
-    Prefixes that all names share, as of DDP or torch.compile, are taken off.
-    new: prefixes of names that the file may lack; their tensors stay as initialized, which is said.
-    InputError says what does not fit."""
+    Prefixes that all names share, as of DDP or torch.compile, are taken off."""
     parts, about, digests = read_parts(source)
     part = "ema" if "ema" in parts else ""
-    state = dict(parts.get(part, {}))
+    state = parts.get(part, {})
     while len({name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
         state = {name.partition(".")[2]: x for name, x in state.items()}
-    try:
+    with fits(source, "network", state):
         sha256 = digests.get(part) or digest_of(state)
-        about = {**(about or {}), "stats": parts.get("stats"), "sha256": sha256}
-        net = network(**sizes(state, about))
-        own = net.state_dict()
-        fresh = {name: x for name, x in own.items() if name not in state and name.startswith(tuple(new))}
-        for name in own.keys() & state.keys():
-            # A later RAE release trains its position tables: they come from the file too.
-            table = name.endswith(("pos_embed", "freqs_cos", "freqs_sin"))
-            if table and (state[name].float() - own[name]).abs().max() > 1e-4:
-                say(f"note: {name} differs from the computed table; the file's is used")
-        net.load_state_dict({**state, **fresh})
+    return state, {**(about or {}), "stats": parts.get("stats"), "sha256": sha256}
+
+
+@contextmanager
+def fits(source, kind, state):
+    """What goes wrong within it is an InputError: `state`, of `source`, is no `kind`."""
+    try:
+        yield
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason, names = " ".join(str(error).split())[:1000], ", ".join(list(state)[:3])
-        raise InputError(f"{source} is no {network.__name__} of a known size: {reason}; its first names are "
-                         f"{names}") from error
+        reason = "it has no " * isinstance(error, KeyError) + reason
+        raise InputError(f"{source} is no {kind}: {reason}; its first names are {names}") from error
+
+
+def fill(net, source, state, new=()):
+    """Copy `state` into `net`. new: prefixes of tensors that stay as initialized where it has none (said)."""
+    own = net.state_dict()
+    for name in own.keys() & state.keys():
+        # A later RAE release trains its position tables: they come from the file too.
+        table = name.endswith(("pos_embed", "freqs_cos", "freqs_sin"))
+        if table and (state[name].float() - own[name]).abs().max() > 1e-4:
+            say(f"note: {name} differs from the computed table; the file's is used")
+    fresh = {name: x for name, x in own.items() if name not in state and name.startswith(new)}
     if fresh:
         say(f"starts anew, as {source} has none: {', '.join(fresh)}")
-    return net, about
+    net.load_state_dict({**state, **fresh})
 
 
 def load_network(source, kind=None, num_classes=None):
@@ -940,48 +927,50 @@ def load_network(source, kind=None, num_classes=None):
     num_classes: of a new label table.
     Returns (net on the CPU, about): "kind", "time_shift", "classes" (names, or None), "stats" ({"mean",
     "var"}, or None), "sha256" (what it is, wherever it lies), and what else the file says."""
-    def sizes(state, about):
-        is_student = "r_embedder.W" in state
-        if kind == "teacher" and is_student:
-            raise InputError(f"{source} is a student, a teacher is needed here")
+    state, about = read_state(source)
+    found = "student" if "r_embedder.W" in state else "teacher"
+    kind, new = kind or found, ("r_embedder.",) if found == "teacher" else ()
+    if (found, kind) == ("student", "teacher"):
+        raise InputError(f"{source} is a student, a teacher is needed here")
+    with fits(source, "DiT-DH", state):
         width, channels = state["s_embedder.proj.weight"].shape[:2]
         head_width = len(state["x_embedder.proj.weight"])
-        norms = [name for name in state if name.startswith("blocks.") and name.endswith(".norm1.weight")]
+        widths = [len(x) for name, x in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", name)]
         # Of towers of one width, shapes do not tell which blocks are the head's.
-        head = sum(len(state[name]) == head_width for name in norms)
-        head = about.get("head_depth", 2) if width == head_width else head
-        towers = (width, "enc"), (head_width, "dec")
+        head = about.get("head_depth", 2) if width == head_width else widths.count(head_width)
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         if num_classes:
-            del state["y_embedder.embedding_table.weight"]
-        return dict(
+            state = {name: x for name, x in state.items() if not name.startswith("y_embedder.")}
+            new += ("y_embedder.",)
+        towers = (width, "enc"), (head_width, "dec")
+        net = DiTDH(
             input_size=math.isqrt(state["pos_embed"].shape[1]),
             in_channels=channels,
             hidden_size=(width, head_width),
-            depth=(len(norms) - head, head),
+            depth=(len(widths) - head, head),
             num_heads=tuple(w // state[f"{tower}_feat_rope.freqs_cos"].shape[1] for w, tower in towers),
             num_classes=num_classes or classes,
-            time_difference=is_student or kind == "student")
-    new = ["r_embedder."] * (kind == "student") + ["y_embedder."] * bool(num_classes)
-    net, about = load(source, DiTDH, sizes, new)
-    found = "teacher" if net.r_embedder is None else "student"
-    return net, {"time_shift": default_time_shift(net.shape), "classes": None, **about, "kind": found}
+            time_difference=kind == "student")
+        fill(net, source, state, new)
+    return net, {"time_shift": default_time_shift(net.shape), "classes": None, **about, "kind": kind}
 
 
 def load_decoder(source):
     """A ViTDecoder, likewise. Returns (decoder on the CPU, about): "stats", "sha256", ..."""
-    def sizes(state, about):
+    state, about = read_state(source)
+    with fits(source, "decoder of a size in DECODER_PRESETS", state):
         width, channels = state["decoder_embed.weight"].shape
-        presets = {preset["hidden_size"]: preset["num_heads"] for preset in DECODER_PRESETS.values()}
-        return dict(
+        heads = {preset["hidden_size"]: preset["num_heads"] for preset in DECODER_PRESETS.values()}
+        decoder = ViTDecoder(
             input_size=math.isqrt(state["decoder_pos_embed"].shape[1] - 1),
             in_channels=channels,
             hidden_size=width,
-            num_heads=about.get("num_heads") or presets[width],
+            num_heads=about.get("num_heads") or heads[width],
             depth=sum(name.endswith(".layernorm_before.weight") for name in state),
             mlp_size=len(state["decoder_layers.0.intermediate.dense.bias"]),
             patch_size=math.isqrt(len(state["decoder_pred.bias"]) // 3))
-    return load(source, ViTDecoder, sizes)
+        fill(decoder, source, state)
+    return decoder, about
 
 
 def check_fit(name, net, other, shape, num_classes):

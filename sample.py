@@ -8,7 +8,7 @@
     python sample.py runs/meanflow --nfe 1        # 50,000 images -> samples/meanflow_1.npz
     torchrun --nproc_per_node=8 sample.py runs/meanflow --nfe 2         # from eight GPUs
     python sample.py runs/meanflow/state_00050000.safetensors           # from a state that training kept
-    python sample.py runs/teacher --grid grid.png --labels 207          # a picture of 64 images, and nothing else
+    python sample.py runs/teacher --grid grid.png --labels 207          # a picture of 64 images, no more
 
 Noise and label of image i follow from the seed and i alone, whatever the batch size or the
 number of processes. The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,10 +30,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from model import (
-    ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize, digest_of,
-    fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location, lock, long_jumps,
-    ode_times, positive, progress, read_json, read_tensors, refuse_other, say, solve_ode, whole,
-    write_atomically, write_json, write_tensors)
+    ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize,
+    digest_of, fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location,
+    lock, long_jumps, ode_times, positive, progress, read_json, read_tensors, refuse_other, say, solve_ode,
+    whole, write_atomically, write_json, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
@@ -95,7 +94,8 @@ def read_about(path):
         with zipfile.ZipFile(path) as file:
             return dict(json.loads(file.read("about.json")))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no whole sample file of ours ({error}): give another --out, or remove it") from error
+        raise InputError(f"{path} is no whole sample file of ours ({error}): give another --out, or remove "
+                         "it") from error
 
 
 def bundle(out, files, shape, settings):
@@ -148,32 +148,24 @@ def draw_grid(path, images, labels, classes):
 # ---- What the flags name -----------------------------------------------------
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n\n")[0])
-    add = parser.add_argument_group("networks").add_argument
+    add = parser.add_argument
     add("network", type=location, help="a run, one of its states, a published file, or a Hub path")
     add("--decoder", type=location, default=DECODER, help="likewise (RAE)")
     add("--stats", type=location, metavar="FILE",
         help="latent_stats.safetensors or stat.pt (default: the network's)")
-
-    add = parser.add_argument_group("method").add_argument
     add("--nfe", type=whole(), help="evaluations for an image (default: student 1, teacher 50; MF-RAE)")
     add("--solver", choices=("euler", "heun"), default="euler", help="of a teacher; heun: nfe / 2 steps")
     add("--time-shift", type=positive, help="a of a teacher's grid (default: the network's)")
     add_guidance_flags(add)
     add("--guidance-interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar="T", help="from t to t")
-
-    add = parser.add_argument_group("images").add_argument
     add("--num-samples", type=whole(), help="images (default: 50,000, ADM; of a --grid alone 64)")
     add("--labels", default="equal",
         help="'equal' (image i has class i mod K), 'random', or a list to repeat, of numbers or names")
     add("--seed", type=whole(0), default=0, help="of noise and random labels")
     add("--truncate", action="store_true", help="to uint8 as the published code does, instead of rounding")
-
-    add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=whole(), default=64, help="images at a time and per process")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="torch.compile network and decoder")
-
-    add = parser.add_argument_group("files").add_argument
     add("--out", type=location, metavar="NPZ", help="the sample file (default: samples/NETWORK_NFE.npz)")
     add("--grid", type=location, metavar="PNG",
         help="a picture of the first images, under their class names; without --out nothing else is written")
@@ -181,6 +173,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.solver == "heun" and args.nfe and args.nfe % 2:
         parser.error(f"--nfe {args.nfe} with --solver heun: it must be even, two for each step")
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        parser.error(f"--guidance-interval {args.guidance_interval}: the lower time comes first")
     if not (args.grid or ".png").endswith(".png") or not (args.out or ".npz").endswith(".npz"):
         parser.error("--grid takes a name that ends in .png, --out one in .npz")
     return args
@@ -233,8 +227,9 @@ def main(argv=None):
     args.time_shift = args.time_shift or about["time_shift"]
     alone = args.grid and not args.out
     count = args.num_samples = args.num_samples or (64 if alone else 50_000)
-    say(f"{args.network}: {about['kind']}, {args.nfe} evaluations an image, {count:,} images, seed {args.seed}, on "
-        f"{world} x {device.type}" + f", labels {args.labels}" * (args.labels != "equal"))
+    labels = f", labels {args.labels}" * (args.labels != "equal")
+    say(f"{args.network}: {about['kind']}, {args.nfe} evaluations an image, {count:,} images, seed "
+        f"{args.seed}, on {world} x {device.type}{labels}")
     if args.compile:
         net.compile(dynamic=False)
         decoder.compile(dynamic=False)
@@ -254,8 +249,8 @@ def main(argv=None):
     if alone:
         if is_first():
             made = [make(indices) for indices in progress(batches, len(batches), "batches")]
-            images, labels = (torch.cat([batch[name] for batch in made]).cpu().numpy() for name in ("images", "labels"))
-            draw_grid(args.grid, images, labels, classes)
+            images = torch.cat([batch["images"] for batch in made]).cpu().numpy()
+            draw_grid(args.grid, images, torch.cat([batch["labels"] for batch in made]).tolist(), classes)
         return
 
     # Every process makes its share of the batches that are missing; the first one bundles them.

@@ -52,8 +52,8 @@ def export_autoencoder(folder, decoder, stats, encoder):
     folder, net = Path(folder), encoder.net.config
     heads_fit = net.hidden_size == 64 * net.num_attention_heads
     if not heads_fit or net.image_size != 518 or encoder.shape != decoder.shape:
-        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2's heads "
-                         f"of 64 channels, positions for 518 px, and the decoder's latents {decoder.shape}")
+        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2's "
+                         f"heads of 64 channels, positions for 518 px, and latents {decoder.shape}")
     grid = decoder.shape[1]
     if grid != 16:
         say(f"warning: at {grid} x {grid} tokens AutoencoderRAE of diffusers 0.42 uses other positions than "

@@ -93,7 +93,8 @@ def main(argv=None):
     latents, images, encoder = open_pairs(args.data_path, args.latents, device)
     kept_out = HELD_OUT if len(latents) >= 2 * HELD_OUT else len(latents) // 4
     spread = latents.stats["var"].mean().sqrt().item()
-    order = torch.randperm(len(latents), generator=generator("cpu", args.seed, "decoder", "held out")).tolist()
+    g = generator("cpu", args.seed, "decoder", "held out")
+    order = torch.randperm(len(latents), generator=g).tolist()
 
     def read(rows):
         """Of `order`: z, x in [0, 1]."""
@@ -108,11 +109,13 @@ def main(argv=None):
     weights = [p for p in decoder.parameters() if p.requires_grad]
     averages = [average.get_parameter(name) for name, p in decoder.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    about = {"kind": "decoder", "num_heads": DECODER_PRESETS[args.preset]["num_heads"], "stats": latents.stats,
-             "encoder": encoder.about, "settings": {**vars(args), "sha256 of latents": latents.sha256}}
+    about = {"kind": "decoder", "num_heads": DECODER_PRESETS[args.preset]["num_heads"],
+             "encoder": encoder.about, "stats": latents.stats,
+             "settings": {**vars(args), "sha256 of latents": latents.sha256}}
     first_step, seconds = begin_run(about, decoder, average, optimizer)
 
-    rows = batches_of(len(order) - kept_out, args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
+    rows = [(0, args.batch_size)]
+    rows = batches_of(len(order) - kept_out, args.seed, args.batch_size, rows, first_step, args.steps)
     batches = read_ahead(read, ([kept_out + row for row in batch] for batch in rows), args.workers)
     log = Log(args, first_step, seconds)
     with stop_signals() as stopped:

@@ -254,7 +254,7 @@ def test_metrics_through_the_torchscript_interface(place, capsys):
     assert (result["samples"]["count"], result["reference"]["count"]) == (203, 150)
     assert any("under 10,000" in note for note in result["notes"]) and {"command", "torch", "date"} <= result.keys()
     printed = capsys.readouterr().out
-    assert f"FID               {metrics['frechet_distance']:.4f}" in printed and result["features"]["sha256"] in printed
+    assert f"FID               {metrics['frechet_distance']:.4f}" in printed
 
 
 def test_adm_reference_gives_its_moments_to_fid_and_its_images_to_precision(place):
@@ -297,7 +297,7 @@ def test_folder_zip_and_npz_of_the_same_pixels(place, tmp_path):
     other = run(place, "--reference", tmp_path / "reference.zip", samples=tmp_path / "folder")
     assert one["metrics"] == other["metrics"]
     Image.fromarray(samples[0][:20, :20]).save(tmp_path / "folder" / "small.png")
-    with pytest.raises(InputError, match=r"of \(20, 20\) to \(32, 32\) pixels"):
+    with pytest.raises(InputError, match=r"has sides of \[20, 32\] pixels"):
         run(place, "--reference", place / "reference.npz", samples=tmp_path / "folder")
 
 
@@ -328,7 +328,6 @@ def test_npz_is_streamed(tmp_path, save):
     for i in 480, 7, 250:                                                       # out of order, as ranks begin
         assert np.array_equal(npz.read([i, i + 1])[0].permute(0, 2, 3, 1), images[i:i + 2])
     tracemalloc.stop()
-    npz.archive.close()
     assert peak < 3e6                                                           # a batch, 0.3 MB, and copies of it
 
 
@@ -480,12 +479,12 @@ def header(shape, data=b""):
 BAD = {
     "negative.npz": (header((-1, 32, 32, 3)), "arr_0 is uint8"),
     "both negative.npz": (header((-4, -4, -4, 3), bytes(192)), "arr_0 is uint8"),
-    "overflow.npz": (header((2**62, 4, 4, 3)), "not as long as its header says"),
+    "overflow.npz": (header((2**62, 4, 4, 3)), "of the length that its header says"),
     "cut.npz": (lambda path: (np.savez(path, arr_0=IMAGES), truncated(path)), "is not a readable .npz"),
     "flipped.npz": (lambda path: (np.savez(path, arr_0=draw(20, 0)), flipped(path)), "is damaged .*CRC"),
     "text.npz": (lambda path: path.write_text("hello"), "is not a readable .npz"),
     "nothing.npz": (saved(images=IMAGES), "with arr_0"),
-    "pickle.npz": (saved(arr_0=np.array([{}, {}], dtype=object)), "arr_0 is object"),
+    "pickle.npz": (saved(arr_0=np.array([{}, {}], dtype=object)), "not a readable .npz with arr_0"),
     "float.npz": (saved(arr_0=IMAGES / 255), "arr_0 is float64"),
     "chw.npz": (saved(arr_0=IMAGES.transpose(0, 3, 1, 2)), r"must be uint8 \(N, S, S, 3\)"),
     "fortran.npz": (saved(arr_0=np.asfortranarray(IMAGES)), "in Fortran order"),
@@ -551,7 +550,7 @@ def test_more_wrong_arguments(place, capsys):
     with pytest.raises(SystemExit):
         main(["--reference", f"{place[0]}/reference.npz"])
     assert "no samples: give an .npz" in capsys.readouterr().err
-    with pytest.raises(InputError, match="incepton: not inception, dinov2 or encoder:.*neither a folder nor"):
+    with pytest.raises(InputError, match="incepton is not inception, dinov2.*neither a folder nor"):
         run(place[0], "--reference", place[0] / "reference.npz", "--features", "incepton")
 
 

@@ -58,7 +58,7 @@ def test_the_tables_of_meaning():
 
 def test_effective_rank():
     class Tokens(list):
-        def __getitems__(self, rows):
+        def read(self, rows):
             return torch.stack([self[i] for i in rows]), None
     z = torch.randn(500, 8, 2, 2, generator=model.generator("cpu", 0))
     assert 7.9 < meaning.effective_rank(Tokens(z)) <= 8                           # as many directions, of one length

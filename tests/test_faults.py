@@ -91,7 +91,7 @@ def test_states_of_others_are_refused(home, run, tmp_path):
     shutil.copy(tmp_path / "other" / "state_00000002.safetensors", run)
     refuses("00000002.* holds other work .seed: 1 there, 0 now", home, "teacher", run, "--steps", "9")
     model.write_tensors(run / "state_00000002.safetensors", {"": {"x": torch.ones(3)}})
-    refuses("holds other work|no DiTDH", home, "teacher", run, "--steps", "9")
+    refuses("holds other work|no DiT-DH: it has no .s_embedder", home, "teacher", run, "--steps", "9")
 
 
 def spoil(path, how):

@@ -15,7 +15,7 @@ import train_cmt
 import train_meanflow
 import train_teacher
 from model import (
-    DiTDH, InputError, apply_part, guided, jvp_by_parts, long_jumps, ode_times, solve_ode, time_shift)
+    apply_part, guided, jvp_by_parts, long_jumps, ode_times, solve_ode, time_shift)
 
 
 def alone(stage):
@@ -532,11 +532,6 @@ def test_guidance(published):
         torch.testing.assert_close(guided(teacher, 2.5, (0.3, 0.8))(z, t, y),
                                    torch.where(inside, free + 2.5 * (v - free), v))
         torch.testing.assert_close(guided(teacher, 2.5)(z, t, none), free)
-    with pytest.raises(InputError, match="the lower time comes first"):
-        guided(teacher, 2.5, (0.8, 0.3))
-    other = DiTDH(4, 8, (24, 40), (1, 1), (2, 2), teacher.num_classes + 1)
-    with pytest.raises(InputError, match=f"{teacher.num_classes + 1} classes"):
-        guided(teacher, 2.5, weak=other)
 
 
 def test_mfd_at_the_exact_mean_velocity_of_a_guided_teacher():

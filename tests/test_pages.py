@@ -206,9 +206,9 @@ def test_sizes():
     assert sum(len(page.read_bytes()) for page in DOCS) <= 102 * 1024
 
 
-def test_the_six_lines():
-    from test_sampling import SIX_LINES
-    assert SIX_LINES.strip() in PAGES[0].read_text()
+def test_the_lines_to_copy():
+    from test_sampling import LINES_OF_README
+    assert LINES_OF_README.strip() in PAGES[0].read_text()
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if page.parent.name == "experiments"], ids=name)

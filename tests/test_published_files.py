@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
     w3 = "blocks.0.mlp.w3.weight"
     refused(rf"size mismatch for {w3}.*\[85, 32\].*\[32, 85\]", {**state, w3: state[w3].T.contiguous()})
     refused("run code", {**state, "x": Runs()})
-    refused("no DiTDH", {"weights": [1, 2]})
+    refused("is no network", {"weights": [1, 2]})
     refused("cannot read", [1, 2])
     torch.save(state, path)
     for cut in (path.stat().st_size // 2, 100, 0):

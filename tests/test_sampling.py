@@ -311,6 +311,7 @@ def test_a_teachers_default_times(place, monkeypatch):
     ("student", ["--num-samples", "0"], "--num-samples"), ("student", ["--batch-size", "-4"], "--batch-size"),
     ("teacher", ["--guidance", "nan"], "--guidance"), ("teacher", ["--guidance", "2", "--guidance-interval", "0", "2"],
                                                        "--guidance-interval"),
+    ("teacher", ["--guidance", "2", "--guidance-interval", "0.9", "0.1"], "the lower time comes first"),
     ("teacher", ["--solver", "heun", "--nfe", "3"], "--nfe 3 with --solver heun"),
     ("student", ["--grid", "picture"], "a name that ends in .png"), ("student", ["--out", "a.json"], "--out one in .npz")])
 def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
@@ -321,10 +322,9 @@ def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
 
 
 @pytest.mark.parametrize(("network", "flags", "words"), [
-    ("teacher", ["--guidance", "2", "--guidance-interval", "0.9", "0.1"], "the lower time comes first"),
     ("teacher", ["--labels", "1,x"], "--labels 1,x: no class 'x'; .* below 3 or of names such as cat"),
     ("teacher", ["--labels", "3"], "no class '3'"), ("teacher", ["--labels=-1"], "--labels"),
-    ("decoder", [], "is no DiTDH"),
+    ("decoder", [], "is no DiT-DH: it has no .s_embedder.proj.weight"),
     ("teacher", ["--decoder", "none"], "none does not exist$")])
 def test_what_does_not_fit(place, tmp_path, network, flags, words):
     with pytest.raises(model.InputError, match=words):

@@ -25,7 +25,7 @@ def drop_labels():
 
     def dropping(self, z, t, y, s=None):
         if s is not None:
-            # The times tell steps and evaluations apart: --resume draws the same.
+            # The times tell steps and evaluations apart: going on draws the same.
             times = t.value if isinstance(t, Dual) else t
             g = generator(y.device, "dropped again", float(times[0]), float(times[-1]))
             y = torch.where(torch.rand(len(y), generator=g, device=y.device) < 0.1, self.num_classes, y)

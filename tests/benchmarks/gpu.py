@@ -488,7 +488,7 @@ def encoder():
         for precision in ("fp32", "bf16"):
             encode = Encoder(folder, 32 if TINY else 256, None, precision).to(DEVICE)
             for rows in (4,) if TINY else (64, 256):
-                images = torch.randint(256, (rows, 3, *[encode.image_size] * 2), dtype=torch.uint8, device=DEVICE)
+                images = torch.randint(256, (rows, 3, *[32 if TINY else 256] * 2), dtype=torch.uint8, device=DEVICE)
                 flops = flops_of(encode, images) / rows
                 run = torch.no_grad()(lambda encode=encode, images=images: encode(images))
                 line = measure(run, "encoder", f"eager, {precision}", rows, 1 if TINY else 5)
