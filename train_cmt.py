@@ -44,62 +44,45 @@ def consistency_loss(h, z_t, z_s, t, y, s):
 
 
 class TrajectoryPool:
-    """The teacher's trajectories, made in large batches, a quarter of them at a time, each kept for `age`
-    steps.
+    """The teacher's trajectories for the next `pairs` steps, solved together in large batches.
 
-    Every `pairs` rows of the batch form a group with `age` trajectories of its own and draw their pairs
-    from these: a trajectory serves `pairs` pairs in its life, a batch holds few pairs of any one, and no
-    pair is older than `age` steps. Group and serial number alone decide a trajectory, so splitting the
-    batch or resuming gives the same."""
+    Every `pairs` rows of the batch form a group with `pairs` trajectories of its own, and draw their pairs of
+    points from these: in its life a trajectory serves `pairs` pairs, a batch holds few of any one. Group and
+    number alone decide a trajectory, so splitting the batch or going on gives the same."""
 
-    def __init__(self, solve, shape, times, groups, pairs, age, seed, num_classes, label_dropout, device,
-                 batch=64):
-        """solve: (z_1, y) -> list of the points at `times`; groups: of this process, a range; batch: of
-        `solve`."""
-        self.solve, self.groups, self.group_rows = solve, groups, pairs
-        self.age, self.quarter = age, age // 4
-        self.seed, self.num_classes, self.label_dropout = seed, num_classes, label_dropout
-        self.device, self.batch, self.newest = device, batch, -1
+    def __init__(self, begin, solve, times, groups, pairs, seed, device, batch):
+        """begin: generator -> noise z_1 (C, H, W), label y (); solve: (z_1, y) -> list of the points at
+        `times`, for `batch` trajectories at a time; groups: of this process, a range."""
+        self.begin, self.solve, self.groups, self.pairs, self.batch = begin, solve, groups, pairs, batch
+        self.seed, self.device, self.era, self.points = seed, device, None, None
         self.times = torch.tensor(times, device=device)
-        self.points = torch.empty(len(groups), age, len(times), *shape, device=device)
-        self.y = torch.empty(len(groups), age, dtype=torch.long, device=device)
-        self.born = torch.zeros(len(groups), age, device=device)
         # All pairs t_i > t_j
         self.i, self.j = torch.triu_indices(len(times), len(times), offset=1, device=device)
 
     @torch.no_grad()
-    def renew(self, chunk):
-        """Solve trajectories chunk * quarter ... of every group, over the oldest ones."""
-        serials = range(chunk * self.quarter, (chunk + 1) * self.quarter)
-        z, y = [], []
-        for group in self.groups:
-            for serial in serials:
-                g = generator(self.device, self.seed, "trajectory", group, serial)
-                z.append(torch.randn(self.points.shape[3:], generator=g, device=self.device))
-                label = torch.randint(self.num_classes, (), generator=g, device=self.device)
-                dropped = torch.rand((), generator=g, device=self.device) < self.label_dropout
-                y.append(torch.where(dropped, self.num_classes, label))
-        z, y, begin = torch.stack(z), torch.stack(y), serials[0] % self.age
-        for rows in torch.arange(len(y), device=self.device).split(self.batch):
-            group, slot = rows // self.quarter, begin + rows % self.quarter
-            self.points[group, slot] = torch.stack(self.solve(z[rows], y[rows]), dim=1)
-            self.y[group, slot] = y[rows]
-        self.born[:, begin:begin + self.quarter] = max(0, chunk - 3) * self.quarter
-        self.newest = chunk
+    def renew(self, era):
+        """Solve trajectories era * pairs ... of every group. points: (groups * pairs, times, C, H, W)"""
+        serials = range(era * self.pairs, (era + 1) * self.pairs)
+        keys = [(self.seed, "trajectory", group, serial) for group in self.groups for serial in serials]
+        z, y = zip(*(self.begin(generator(self.device, *key)) for key in keys), strict=True)
+        z, self.y, self.era = torch.stack(z), torch.stack(y), era
+        if self.points is None:
+            self.points = z.new_empty(len(z), len(self.times), *z.shape[1:])
+        for k in range(0, len(z), self.batch):
+            rows = slice(k, k + self.batch)
+            self.points[rows] = torch.stack(self.solve(z[rows], self.y[rows]), dim=1)
 
     def draw(self, step, rows):
-        """Pairs for rows [start, stop) of a step: z_t, z_s, t, y, s, and their age in steps, one of each a
-        row."""
-        now = step // self.quarter
-        for chunk in range(max(now, self.newest + 1), now + 4):
-            self.renew(chunk)
-        draws = [[torch.randint(n, (4,), generator=g, device=self.device) for n in (self.age, len(self.i))]
+        """Pairs for rows [start, stop) of a step: z_t, z_s, t, y, s, one of each a row."""
+        if step // self.pairs != self.era:
+            self.renew(step // self.pairs)
+        draws = [[torch.randint(n, (4,), generator=g, device=self.device) for n in (self.pairs, len(self.i))]
                  for g in generators(self.device, rows, self.seed, "pairs", step)]
-        slot, pair = (torch.cat(parts) for parts in zip(*draws, strict=True))
-        group = torch.arange(*rows, device=self.device) // self.group_rows - self.groups[0]
+        k, pair = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        # The groups of this process lie one after another.
+        k += (torch.arange(*rows, device=self.device) // self.pairs - self.groups[0]) * self.pairs
         i, j = self.i[pair], self.j[pair]
-        z_t, z_s = (self.points[group, slot, k] for k in (i, j))
-        return z_t, z_s, self.times[i], self.y[group, slot], self.times[j], step - self.born[group, slot]
+        return self.points[k, i], self.points[k, j], self.times[i], self.y[k], self.times[j]
 
 
 def parse_args(argv=None):
@@ -116,10 +99,8 @@ def parse_args(argv=None):
     method("--teacher-steps", type=whole(), default=16, help="steps of the solver (MF-RAE)")
     method("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (MF-RAE)")
     method("--pairs", type=whole(4), default=64,
-        help="pairs drawn from a trajectory in its life, a multiple of 4 (MF-RAE)")
-    method("--pool-age", type=whole(4), default=64, metavar="STEPS",
-        help="steps that a trajectory is kept, a multiple of 4; the teacher's batches grow with it, and the "
-             "pool's memory: age * batch-size / pairs trajectories")
+        help="pairs drawn from a trajectory in its life, and steps that it lives, a multiple of 4 (MF-RAE): "
+             "--batch-size trajectories are solved at once")
     method("--label-dropout", type=fraction, default=0.1,
         help="probability of 'no label', for teacher and student alike (MF-RAE)")
     method("--time-shift", type=positive,
@@ -137,8 +118,8 @@ def parse_args(argv=None):
     training("--ema", type=fraction, default=0.999, help="decay of the weights' average per step (MF-RAE)")
 
     args = parser.parse_args(argv)
-    if args.pairs % 4 or args.pool_age % 4:
-        parser.error("--pairs and --pool-age must be multiples of 4")
+    if args.pairs % 4:
+        parser.error("--pairs must be a multiple of 4")
     return args
 
 
@@ -186,28 +167,34 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     times = ode_times(args.teacher_steps, args.time_shift)
 
+    def begin(g):
+        """Noise and label of a trajectory; labels are dropped for teacher and student alike."""
+        z_1 = torch.randn(teacher.shape, generator=g, device=device)
+        y = torch.randint(teacher.num_classes, (), generator=g, device=device)
+        dropped = torch.rand((), generator=g, device=device) < args.label_dropout
+        return z_1, torch.where(dropped, teacher.num_classes, y)
+
     def solve(z_1, y):
         with autocast:
             return solve_ode(v, z_1, y, times, args.solver)
 
     groups = range(micro_batches[0][0] // args.pairs, micro_batches[-1][1] // args.pairs)
-    pool = TrajectoryPool(
-        solve, teacher.shape, times, groups, args.pairs, args.pool_age, args.seed, teacher.num_classes,
-        args.label_dropout, device, batch=micro_batches[0][1] - micro_batches[0][0])
+    batch = micro_batches[0][1] - micro_batches[0][0]
+    pool = TrajectoryPool(begin, solve, times, groups, args.pairs, args.seed, device, batch)
     begin_decay, log = args.decay_from * args.steps, Log(args, first_step, seconds)
 
     with stop_signals() as stopped:
         for step in range(first_step, args.steps):
             for rows in micro_batches:
                 # Draw
-                z_t, z_s, t, y, s, age = pool.draw(step, rows)
+                z_t, z_s, t, y, s = pool.draw(step, rows)
 
                 # Loss and gradient, which DDP reduces over the processes with the last micro-batch alone
                 h.require_backward_grad_sync = rows == micro_batches[-1]
                 with autocast:
                     loss, numbers = consistency_loss(h, z_t, z_s, t, y, s)
                 (loss / len(micro_batches)).backward()
-                log.add(loss, {**numbers, "pair_age": age.mean()})
+                log.add(loss, numbers)
 
             # Clip, step, average
             log.end_step(nn.utils.clip_grad_norm_(weights, args.clip or math.inf))

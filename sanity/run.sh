@@ -36,7 +36,7 @@ stage decoder "$PYTHON" sanity/train_decoder.py --data-path $DATA/train --latent
 stage teacher "$PYTHON" train_teacher.py --latents "$LATENTS" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2.5 \
     --steps $((2600 * SCALE)) --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 $COMMON
 stage CMT "$PYTHON" train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
-    --steps $((250 * SCALE)) --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 $COMMON
+    --steps $((250 * SCALE)) --batch-size 32 --pairs 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 $COMMON
 # Small networks: a mild weight (docs/METHOD.md); the published one is the default at the paper's scale. Many small operations: two
 # more evaluations are cheaper than the exact derivative (docs/COST.md).
 WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"

@@ -45,7 +45,7 @@ def arguments(home, stage, out, *more):
     """A short run of a stage: 6 steps of 16 rows, with a save at step 3."""
     preset = [] if "--init" in more else ["--preset", "tiny"]
     inputs = {"teacher": ["--latents", f"{home}/latents", *preset, "--time-shift", "3"],
-              "cmt": ["--teacher", f"{home}/teacher", "--teacher-steps", "4", "--pairs", "8", "--pool-age", "4"],
+              "cmt": ["--teacher", f"{home}/teacher", "--teacher-steps", "4", "--pairs", "8"],
               "meanflow": ["--latents", f"{home}/latents", "--teacher", f"{home}/teacher", "--init", f"{home}/cmt",
                            "--loss-form", "mean", "--eta", "1", "0.5"]}[stage]
     return [*inputs, "--out", str(out), "--steps", "6", "--batch-size", "16", "--lr", "1e-3", "--save-every", "3", "--log-every", "1",

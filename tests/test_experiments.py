@@ -82,7 +82,7 @@ def test_published_ingredients(monkeypatch):
     dropped = [(y == 3) for y in seen]
     assert all(0.07 < part.float().mean() < 0.13 for part in dropped) and not torch.equal(*dropped)
     published.even_times(train_cmt.TrajectoryPool)
-    pool = train_cmt.TrajectoryPool(lambda z, y: [z] * 5, (4, 2, 2), model.ode_times(4, 3.0), range(1), 4, 0, 3, 0.1, 0, "cpu")
+    pool = train_cmt.TrajectoryPool(None, None, model.ode_times(4, 3.0), range(1), 4, 0, "cpu", 4)
     assert pool.times.tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
@@ -95,7 +95,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ingredients, stage", [("labels,embedding", f"train_meanflow.py --latents DATA/latents --init DATA/teacher {SMALL}"),
-                                                ("times", f"train_cmt.py {SMALL} --pairs 4 --pool-age 4 --teacher-steps 2")])
+                                                ("times", f"train_cmt.py {SMALL} --pairs 4 --teacher-steps 2")])
 def test_published_runs(data, tmp_path, ingredients, stage):
     stage = stage.replace("DATA", str(data)).replace("OUT", str(tmp_path / "out"))
     argv = [sys.executable, "docs/experiments/published.py", ingredients, *stage.split()]

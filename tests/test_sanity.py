@@ -383,7 +383,7 @@ def test_synthetic_data_train_every_stage(tmp_path):
     for run in "abc":
         assert not model.states_of(tmp_path / run)
         line = model.read_log(tmp_path / run)[-1]
-        assert all(line[name] > 0 for name in line if name not in ("pair_age",)), line
+        assert all(line[name] > 0 for name in line), line
 
 
 def test_synthetic_says_what_it_takes(tmp_path, capsys):

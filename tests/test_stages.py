@@ -3,7 +3,7 @@ import functools
 
 import pytest
 import torch
-from runs import STAGES, lively, log, save_decoder, train, watch, weights
+from runs import STAGES, lively, save_decoder, train, watch, weights
 
 import model
 import sample
@@ -65,22 +65,26 @@ def test_trajectory_pool(home):
         solved.append(len(z))
         return model.solve_ode(teacher, z, y, times)
 
-    def new_pool():
-        return train_cmt.TrajectoryPool(solve, teacher.shape, times, range(2), 8, 8, 0, 3, 0.1, torch.device("cpu"))
+    def begin(g):
+        return torch.randn(teacher.shape, generator=g), torch.randint(4, (), generator=g)
+
+    def new_pool(groups=range(2)):
+        return train_cmt.TrajectoryPool(begin, solve, times, groups, 8, 0, torch.device("cpu"), 4)
     pool = new_pool()
     for step in range(20):
-        z_t, z_s, t, y, s, age = pool.draw(step, (0, 16))
-        assert (age >= 0).all() and (age < 8).all() and (t > s).all()
+        z_t, z_s, t, y, s = pool.draw(step, (0, 16))
+        assert (t > s).all()
         for row in range(16):                     # both points and the label are of one trajectory of the row's group, at these times
             group, i, j = row // 8, *((pool.times == x[row]).nonzero().item() for x in (t, s))
-            assert any(torch.equal(pool.points[group, slot, i], z_t[row]) and torch.equal(pool.points[group, slot, j], z_s[row])
-                       and pool.y[group, slot] == y[row] for slot in range(8))
-    assert sum(solved) == 2 * (8 + 9 * 2)         # a trajectory per group and step on average: 9 renewals of a quarter
+            assert any(torch.equal(pool.points[k, i], z_t[row]) and torch.equal(pool.points[k, j], z_s[row])
+                       and pool.y[k] == y[row] for k in range(8 * group, 8 * group + 8))
+    assert solved == 3 * 4 * [4]                  # three times all 16: a trajectory per group and step
     again = new_pool()
     again.draw(19, (0, 16))
-    assert torch.equal(again.points, pool.points) and torch.equal(again.born, pool.born)      # what a resumed run rebuilds
-    group, slot, i = 1, 3, 1                      # one step of Euler by hand
-    z, y = pool.points[group, slot], pool.y[group, slot]
+    assert torch.equal(again.points, pool.points) and torch.equal(again.y, pool.y)            # what a run that goes on rebuilds
+    assert torch.equal(new_pool(range(1, 2)).draw(19, (8, 16))[0], pool.draw(19, (0, 16))[0][8:])        # another process's part
+    k, i = 11, 1                                  # one step of Euler by hand
+    z, y = pool.points[k], pool.y[k]
     with torch.no_grad():
         step = z[i] - (times[i] - times[i + 1]) * teacher(z[i][None], torch.tensor([times[i]]), y[None])[0]
     assert torch.allclose(z[i + 1], step, atol=1e-6)
@@ -143,7 +147,7 @@ def test_flags_reach_the_guidance(home, tmp_path, monkeypatch, script):
 
 
 def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
-    """All pairs of points of the teacher's trajectories for their labels, at the true, shifted times; labels dropped; the age logged."""
+    """All pairs of points of the teacher's trajectories for their labels, at the true, shifted times; labels dropped."""
     teacher = model.load_network(lively(home, tmp_path / "teacher"))[0]
     make, pools, first = train_cmt.TrajectoryPool, [], []
 
@@ -153,36 +157,35 @@ def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
 
         def drawing(*at):
             drawn = draw(*at)
-            first.append(pools[0].points[:, :, 0].clone())
+            first.append(pools[0].points[:, 0].clone())
             return drawn
         pools[0].draw = drawing
         return pools[0]
     monkeypatch.setattr(train_cmt, "TrajectoryPool", watched)
     calls = watch(monkeypatch, train_cmt, "consistency_loss")
-    train(home, "cmt", tmp_path / "out", "--steps", "8", "--teacher", tmp_path / "teacher", "--teacher-steps", "5", "--time-shift", "2.5",
-          "--batch-size", "256", "--micro-batch", "256", "--pool-age", "8", "--label-dropout", "0.4")
+    train(home, "cmt", tmp_path / "out", "--steps", "9", "--teacher", tmp_path / "teacher", "--teacher-steps", "5", "--time-shift", "2.5",
+          "--batch-size", "256", "--micro-batch", "256", "--label-dropout", "0.4")
     pool, = pools
     times = torch.tensor(model.ode_times(5, 2.5))
     assert torch.equal(pool.times, times) and len(times) == 6 and times[-1] == 0
     for i in range(5):                            # Euler's steps by hand, with the pool's labels
         with torch.no_grad():
-            z, y = pool.points[0], pool.y[0]
+            z, y = pool.points, pool.y
             step = z[:, i] - (times[i] - times[i + 1]) * teacher(z[:, i], times[i].repeat(len(z)), y)
         assert torch.allclose(step, z[:, i + 1], atol=1e-5)
     t, y, s = (torch.cat([call[k] for call in calls]) for k in (3, 4, 5))
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == {(a, b) for a in times.tolist() for b in times.tolist() if a > b}
-    assert len(pool.points[:, :, 0].flatten(2).flatten(0, 1).unique(dim=0)) == 32 * 8         # each trajectory another noise
-    assert [torch.equal(pool.points[:, k, 0], first[0][:, k]) for k in range(8)] == 6 * [False] + 2 * [True]   # 3 quarters renewed
+    assert len(pool.points[:, 0].flatten(1).unique(dim=0)) == 32 * 8                          # each trajectory another noise
+    assert all(torch.equal(first[0], points) for points in first[:8])                         # for as many steps as pairs are drawn
+    assert not (first[8] == first[0]).flatten(1).any(1).any()                                 # then all are new
     assert 0.3 < (y == 3).float().mean() < 0.5                                    # 3 is 'no label'; a few hundred trajectories
     assert sum(len(group.unique()) > 1 for group in calls[0][4].split(8)) > 16    # a group's pairs are of several trajectories
-    ages = [line["pair_age"] for line in log(tmp_path / "out")]
-    assert ages[0] == 0 and ages[1] == 1 and 1 < ages[-1] < 8
 
 
 def test_defaults_are_the_papers():
     """What a run without flags does: METHOD's numbers at 256 px."""
     same = dict(lr=1e-4, clip=1.0, label_dropout=0.1, guidance=1.0, weak_teacher=None, decay_from=0.0)
-    for script, numbers in ((train_cmt, dict(steps=27_000, batch_size=512, pairs=64, pool_age=64, teacher_steps=16, solver="euler",
+    for script, numbers in ((train_cmt, dict(steps=27_000, batch_size=512, pairs=64, teacher_steps=16, solver="euler",
                                              ema=0.999)),
                             (train_meanflow, dict(steps=180_000, batch_size=256, eta=[1.0], derivative="jvp", delta_t=0.005, ema=0.9999,
                                                   loss_form="published", loss_power=1.0, loss_eps=1e-3))):

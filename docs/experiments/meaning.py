@@ -61,7 +61,7 @@ def plan(arm, rate):
              f"--steps {STEPS['decoder']}"]
     weight = "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
     base = f"{at}/teacher-0-{rate}"
-    students = [f"train_cmt.py --teacher {base} --out {at}/cmt --steps {STEPS['cmt']} --batch-size 32 --pairs 16 --pool-age 16 "
+    students = [f"train_cmt.py --teacher {base} --out {at}/cmt --steps {STEPS['cmt']} --batch-size 32 --pairs 16 "
                 f"--lr 1e-3 --lr-final 5e-5 --ema 0.99 --seed 0 {COMMON}", sample(f"{at}/cmt", f"{at}/cmt", "--nfe 1"),
                 f"train_meanflow.py --latents {at}/latents --teacher {base} --init {at}/cmt --out {at}/mfd --batch-size 64 "
                 f"--steps {STEPS['mfd']} --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 {weight} --seed 0 {COMMON}",

@@ -48,7 +48,7 @@ stage decoder "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --l
 stage teacher $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
     --steps 20000 --batch-size 32 --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 $COMMON
 stage CMT $TWO train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
-    --steps 1000 --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.995 $COMMON
+    --steps 1000 --batch-size 32 --pairs 16 --lr 1e-3 --lr-final 5e-5 --ema 0.995 $COMMON
 WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
 stage MFD $TWO train_meanflow.py --latents "$RUN/latents" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
     --steps 6000 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.998 $WEIGHT $COMMON

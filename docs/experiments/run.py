@@ -37,7 +37,7 @@ COMMON = "--seed {seed} --precision fp32 --log-every 50 --save-every 500 --keep 
 ENCODE = "encode_latents.py --data-path data/digits/train --image-size 32 --encoder-size 32 --batch-size 256 --workers 0"
 TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 --decay-from 0.4 "
            "--latents {run}/latents " + COMMON)
-CMT = "train_cmt.py --batch-size 32 --pairs 16 --pool-age 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 " + COMMON
+CMT = "train_cmt.py --batch-size 32 --pairs 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 " + COMMON
 MFD = ("train_meanflow.py --steps 1450 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 --derivative fd "
        "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --latents {run}/latents " + COMMON)      # a later flag overrules an earlier one
 MFT = MFD + " --eta 0"

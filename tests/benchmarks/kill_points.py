@@ -53,7 +53,7 @@ SCRIPTS = {
                            "--encoder-size", "16", "--shard-size", "14", "--batch-size", "7", "--workers", "0",
                            "--skip-bad"],
     "train_teacher.py": ["--latents", "HOME/latents", "--preset", "tiny", "--time-shift", "3", *STAGE],
-    "train_cmt.py": ["--teacher", "HOME/teacher", "--teacher-steps", "2", "--pairs", "4", "--pool-age", "4", *STAGE],
+    "train_cmt.py": ["--teacher", "HOME/teacher", "--teacher-steps", "2", "--pairs", "4", *STAGE],
     "train_meanflow.py": ["--latents", "HOME/latents", "--teacher", "HOME/teacher", "--init", "HOME/cmt", *STAGE],
     "train_decoder.py": ["--data-path", "HOME/images", "--latents", "HOME/latents", "--out", "out", "--preset", "tiny",
                           "--steps", "3", "--save-every", "1", "--batch-size", "8"],
