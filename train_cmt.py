@@ -145,7 +145,7 @@ def main(argv=None):
     teacher.to(device).requires_grad_(False)
     v, weak = load_guidance(args, teacher, of_teacher)
 
-    # The average of its weights, which is what is sampled from, and the optimizer
+    # The moving average (EMA) of its weights, which is what is sampled from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations
     average = copy.deepcopy(student).requires_grad_(False)
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
@@ -214,7 +214,7 @@ def main(argv=None):
                 save_state(about, done, log.seconds, student, average, optimizer)
                 log.since = time.perf_counter()                        # saving is not training time
             if stop:
-                say(f"stopped after step {done}: the same command goes on")
+                say(f"stopped after step {done}" + ": the same command goes on" * (args.save_every > 0))
                 sys.exit(128 + stop)
 
 

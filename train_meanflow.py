@@ -46,7 +46,7 @@ def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.
     z_0, eps: (B, ...) data and noise; t, s: (B,), 0 <= s <= t <= 1; y: (B,) int labels, dropped already.
     derivative, delta_t, jvp: see transport_derivative.
     rows: those where s < t may hold; elsewhere s = t, and no derivative is taken.
-    h_fixed: theta^- of the paper, h for the derivative: under DDP, the network inside it. Default: h.
+    h_fixed: h for the derivative, of the same weights (theta^-): under DDP, the network inside. Default: h.
     loss_form, loss_power, loss_eps: a sample's loss is q / stopgrad(q + loss_eps)^loss_power, with q its
     mean squared error ("mean") or the square of its summed squared error ("published"). Power 0: q itself.
     Published, the loss is about 1 whatever happens: look at mse.
@@ -91,7 +91,7 @@ def transport_derivative(h, z, t, y, s, w, derivative="jvp", delta_t=0.005, h_t=
     # A finite difference in reduced precision is noise / delta_t: true float32, whatever is set outside.
     precision = torch.get_float32_matmul_precision()
     if precision != "highest" or torch.is_autocast_enabled(z.device.type):
-        h_t = None
+        h_t = None                                # it was computed in less: again
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
@@ -207,7 +207,7 @@ def main(argv=None):
         teacher.to(device).requires_grad_(False)
         v, weak = load_guidance(args, teacher, of_teacher)
 
-    # The average of its weights, which is what is sampled from, and the optimizer
+    # The moving average (EMA) of its weights, which is what is sampled from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations
     average = copy.deepcopy(student).requires_grad_(False)
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
@@ -273,7 +273,7 @@ def main(argv=None):
                 save_state(about, done, log.seconds, student, average, optimizer)
                 log.since = time.perf_counter()                        # saving is not training time
             if stop:
-                say(f"stopped after step {done}: the same command goes on")
+                say(f"stopped after step {done}" + ": the same command goes on" * (args.save_every > 0))
                 sys.exit(128 + stop)
 
 

@@ -103,7 +103,7 @@ def main(argv=None):
     else:
         net = DiTDH(data.shape[1], data.shape[0], **DIT_PRESETS[args.preset], num_classes=classes)
 
-    # The average of its weights, which is what is sampled from, and the optimizer
+    # The moving average (EMA) of its weights, which is what is sampled from, and the optimizer
     net.to(device).checkpoint_activations = args.checkpoint_activations
     average = copy.deepcopy(net).requires_grad_(False)
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
@@ -160,7 +160,7 @@ def main(argv=None):
                 save_state(about, done, log.seconds, net, average, optimizer)
                 log.since = time.perf_counter()                        # saving is not training time
             if stop:
-                say(f"stopped after step {done}: the same command goes on")
+                say(f"stopped after step {done}" + ": the same command goes on" * (args.save_every > 0))
                 sys.exit(128 + stop)
 
 
