@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -785,12 +786,12 @@ def bytes_of(tensor):
 
 
 def digest_of(tensors):
-    """sha256 over names, types, shapes and contents of {name: tensor}."""
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        digest.update(bytes_of(x))
-    return digest.hexdigest()
+    """sha256 over names, types, shapes and contents of {name: tensor}; hashing lets go of Python's lock."""
+    def describe(name):
+        x = tensors[name]
+        return name, str(x.dtype), [*x.shape], hashlib.sha256(bytes_of(x)).hexdigest()
+    with ThreadPoolExecutor() as threads:
+        return hashlib.sha256(json.dumps([*threads.map(describe, sorted(tensors))]).encode()).hexdigest()
 
 
 TYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.float16: "F16",
@@ -1059,11 +1060,12 @@ def begin_run(about, net, average, optimizer):
         step, path = next(iter(states.items()))
         before = {"settings": {}, "step": None, **(read_tensors(path, only=())[1] or {})}
         refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step}, FREE)
-        parts, *_ = read_tensors(path)
         for p in (p for p in net.parameters() if p.requires_grad):
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         for part, tensors in contents(net, average, optimizer).items():
+            # One by one: read once where memory does not hold all.
+            parts, *_ = read_tensors(path, only=(part,))
             for name, x in tensors.items():
                 x.copy_(parts[part][name])
         seconds, steps = before["seconds"], before["settings"]["steps"]
