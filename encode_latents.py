@@ -40,9 +40,11 @@ from model import (
 
 DINOV2 = "facebook/dinov2-with-registers-base"
 SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".split()
-# What viewers show, and Pillow takes for an attack: long texts in a PNG, pictures up to 268 megapixels.
+# What viewers show, and Pillow takes for an attack: long texts in a PNG, pictures of up to 268 megapixels, at
+# half of which it warns.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
-Image.MAX_IMAGE_PIXELS = 2 ** 28
+Image.MAX_IMAGE_PIXELS = 2 ** 27
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -55,9 +57,7 @@ def formats():
 
 def open_rgb(file):
     """An image as a viewer shows it, in RGB: upright, first frame, 16 bits as 8, transparency on white."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=formats())
+    image = Image.open(file, formats=formats())
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels, a strip")
     image.load()
@@ -155,17 +155,18 @@ def label_by_list(where, text, images):
     is one class. InputError: a file without a label, or a label without a file."""
     try:
         labels = dict(json.loads(text)["labels"] or [(name, 0) for name in images])
-        count = max(labels.values()) + 1
-        if any(type(i) is not int or i < 0 for i in labels.values()):
+        given = set(labels.values())
+        if any(type(i) is not int or i < 0 for i in given):
             raise ValueError("a label is no whole number")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}/dataset.json holds no labels ({error}): mend or remove it") from error
     if odd := sorted(labels.keys() ^ set(images)):
         what = "has no label in dataset.json" if odd[0] in images else "of dataset.json is not there"
         raise InputError(f"{where}: {odd[0]} {what} ({len(odd)} such)")
-    if empty := sorted(set(range(count)) - set(labels.values())):
-        raise InputError(f"{where}: dataset.json has no image of class {empty[0]} ({len(empty)} such)")
-    return [str(i) for i in range(count)], labels
+    if max(given) >= len(given):
+        empty = next(i for i in range(len(given)) if i not in given)
+        raise InputError(f"{where}: dataset.json has no image of class {empty}, and some of {max(given)}")
+    return [str(i) for i in range(len(given))], labels
 
 
 class Images:
@@ -196,8 +197,12 @@ class Images:
             raise InputError(f"{path} holds no images ({' '.join(SUFFIXES)})")
         self.entries = found
         if "dataset.json" in found:
-            with self.open("dataset.json") as file:
-                self.classes, ids = label_by_list(path, file.read(), images)
+            try:
+                with self.open("dataset.json") as file:
+                    text = file.read()
+            except (zipfile.BadZipFile, RuntimeError) as error:
+                raise InputError(f"{path}: its dataset.json cannot be read ({error})") from error
+            self.classes, ids = label_by_list(path, text, images)
         else:
             self.classes, ids = label_by_folder(path, found, images)
         self.paths = sorted(images, key=lambda name: (ids[name], name))
@@ -357,7 +362,7 @@ def shard_path(folder, k):
 def read_shard(folder, about, k, check=False):
     """-> {"latents", "labels", "sum", "squares"}, maps of the file; what it says; its sha256."""
     parts, said, digests = read_tensors(shard_path(folder, k), check=check)
-    if (said or {}).get("identity") != sha256(about["identity"]):
+    if said.get("identity") != sha256(about["identity"]):
         raise InputError(f"{shard_path(folder, k)} is of other latents than latents.json: remove it, and "
                          "repeat the command that made these")
     return parts[""], said, digests[""]
@@ -495,9 +500,12 @@ def statistics(folder, about, check=False):
 def finish(out, about):
     """Write skipped.txt and, last, the statistics. InputError: a class has no image."""
     stats, labels, skipped = statistics(out, about)
+    skipped = list(dict.fromkeys(skipped))        # once, not also as a mirror image
     empty = sorted(set(range(len(about["classes"]))) - set(labels.tolist()))
     if empty:
-        raise InputError(f"no image of class {about['classes'][empty[0]]} could be read: {skipped[0]}")
+        raise InputError(f"no image of class {about['classes'][empty[0]]} could be read: mend them, and "
+                         f"repeat without --skip-bad ({skipped[0]})")
+    (out / "skipped.txt").unlink(missing_ok=True)
     if skipped:
         text = "".join(f"{line}\n" for line in skipped)
         write_atomically(out / "skipped.txt", lambda file: file.write(text.encode(errors="backslashreplace")))
@@ -575,8 +583,12 @@ def main(argv=None):
     barrier()
 
     shards = {k: range(k * size, min((k + 1) * size, total)) for k in range(about["shards"])}
-    missing = [k for k in shards if not shard_path(out, k).exists()]
+    # Without --skip-bad, a shard that lacks images is made again.
+    missing = [k for k in shards if not shard_path(out, k).exists()
+               or not args.skip_bad and read_shard(out, about, k)[1]["skipped"]]
     barrier()                                     # all have looked before the first one writes
+    if rank == 0 and missing:
+        (out / "latent_stats.safetensors").unlink(missing_ok=True)         # of other shards
     if len(missing) < len(shards):
         known = "" if images.zip else "; images are known by name"
         say(f"{len(shards) - len(missing)} of {len(shards)} shards are there{known}")

@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from model import (
     IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, all_reduce, barrier, command, digest_of, is_first,
-    launch, location, lock, number, progress, provenance, read_tensors, say, whole, write_json, write_tensors)
+    launch, location, lock, number, progress, provenance, read_json, read_tensors, refuse_other, say, whole,
+    write_json, write_tensors)
 
 INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
                  "inception-2015-12-05.pt")
@@ -303,7 +304,7 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
         parts = [None] * world
         dist.all_gather_object(parts, (features, probabilities))
         features, probabilities = (sum((part[i] for part in parts), []) for i in (0, 1))
-        width = len(features[0][0])
+        width = features[0].shape[1]
         # A process may have had no image.
         moments.total = all_reduce((moments.total + torch.zeros(width).double().to(device)).cpu())
         moments.scatter = all_reduce((moments.scatter + torch.zeros(width, width).double().to(device)).cpu())
@@ -349,6 +350,16 @@ def parse_args(argv=None):
     return args
 
 
+def check_target(path, reference, features):
+    """InputError, unless there is no such file, or one of this program's, of these."""
+    if Path(path).exists():
+        before = read_json(path) if path.endswith(".json") else read_tensors(path, only=())[1]
+        known = before.get("reference")
+        known = {"reference": known.get("path") if isinstance(known, dict) else None,
+                 "features": before.get("features")}
+        refuse_other(path, known, {"reference": reference, "features": features})
+
+
 def open_reference(args, samples):
     """-> images or None; {name: tensor} of the STATISTICS that the file brings; what it says of them.
 
@@ -358,9 +369,9 @@ def open_reference(args, samples):
     if path.suffix == ".safetensors":
         parts, about, _ = read_tensors(path)
         stored = parts.get("", {})
-        if set(stored) != set(STATISTICS) or not about:
+        if set(stored) != set(STATISTICS) or set(about) != {"reference", "features"}:
             raise InputError(f"{path} has no statistics: eval_fid.py --save-statistics FILE makes them")
-        return None, stored, about
+        return None, stored, {**about["reference"], "features": about["features"]}
     if path.suffix == ".npz" and path.exists():
         with complaint(f"{path} is not a readable .npz", "make or download it again"), np.load(path) as file:
             if "mu" in file.files and args.features == "inception":
@@ -401,6 +412,7 @@ def main(argv=None):
     if is_first():
         for file in filter(None, (args.out, args.save_statistics)):
             lock(Path(file).with_name(f".{Path(file).name}.lock"))
+            check_target(file, args.reference, about)
 
     # Statistics of the reference, its images' or those that it brings, and of the samples
     place = args.micro_batch, device, rank, world
@@ -414,8 +426,9 @@ def main(argv=None):
     pr_images = len(stored.get("features", ()))
     reference = {"path": args.reference, "count": counts["reference"], "image_size": max(sizes, default=None)}
     if args.save_statistics:
+        stored.setdefault("features", torch.empty(0, about["width"]))
         tensors = {name: stored[name].cpu() for name in STATISTICS}
-        write_tensors(args.save_statistics, {"": tensors}, {**reference, "features": about})
+        write_tensors(args.save_statistics, {"": tensors}, {"reference": reference, "features": about})
         say(f"statistics of {args.reference} are in {args.save_statistics}")
     if samples is None:
         return

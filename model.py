@@ -494,7 +494,7 @@ def command(main):
         leave(130, "interrupted: the same command goes on, or starts over")
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         text, hint = " ".join(str(error).split()), ""
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
             hint = ": out of memory: smaller --micro-batch, or --checkpoint-activations"
         elif isinstance(error, dist.DistError) or "gloo" in text:
             hint = ": another process is lost: see what it said, then repeat the command"
@@ -795,10 +795,10 @@ def digest_of(tensors):
 
 
 TYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.float16: "F16",
-         torch.uint8: "U8"}
+         torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
-def write_tensors(path, parts, about=None):
+def write_tensors(path, parts, about=()):
     """Write {part: {name: tensor}} as safetensors, named PART/NAME (of part "": NAME).
 
     The header holds `about` (JSON), and a sha256 of each part; these are returned.
@@ -806,7 +806,7 @@ def write_tensors(path, parts, about=None):
     digests = {part: digest_of(tensors) for part, tensors in parts.items()}
     named = [(f"{part}/{name}".lstrip("/"), x) for part in parts for name, x in parts[part].items()]
     named.sort(key=lambda item: -item[1].itemsize)            # so that each lies aligned
-    metadata = {"format": "pt", "about": json.dumps(about), "sha256": json.dumps(digests)}
+    metadata = {"format": "pt", "about": json.dumps(dict(about)), "sha256": json.dumps(digests)}
     header, end = {"__metadata__": metadata}, 0
     for name, x in named:
         offsets = [end, end := end + x.nbytes]
@@ -823,7 +823,7 @@ def write_tensors(path, parts, about=None):
 
 
 def read_tensors(path, only=None, check=True):
-    """-> {part: {name: tensor}}, as maps of the file; about, or None; {part: sha256}.
+    """-> {part: {name: tensor}}, as maps of the file; about; {part: sha256}.
 
     only: these parts. check: compare them with the digests, in the first process; others' files have none.
     InputError: missing, cut short, or damaged."""
@@ -832,12 +832,12 @@ def read_tensors(path, only=None, check=True):
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            about, digests = json.loads(header.get("about", "null")), json.loads(header.get("sha256", "{}"))
+            about, digests = (dict(json.loads(header.get(key, "{}"))) for key in ("about", "sha256"))
             for name in file.keys():
                 part, _, rest = name.rpartition("/")
                 if only is None or part in only:
                     parts.setdefault(part, {})[rest] = file.get_tensor(name)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"cannot read {path} ({error}): missing, cut short or no safetensors") from error
     for part in parts if check and is_first() else ():
         if part in digests and digest_of(parts[part]) != digests[part]:
@@ -879,7 +879,7 @@ def read_parts(source):
     except Exception as error:                    # half a dozen kinds
         raise InputError(f"cannot read {path} ({type(error).__name__}): cut short, no .pt file, or with "
                          "objects in it that could run code: save its tensors alone") from error
-    return {"": {name: x for name, x in weights.items() if name != "step"}}, None, {}
+    return {"": {name: x for name, x in weights.items() if name != "step"}}, {}, {}
 
 
 def read_state(source):
@@ -893,7 +893,7 @@ def read_state(source):
         state = {name.partition(".")[2]: x for name, x in state.items()}
     with fits(source, "network", state):
         sha256 = digests.get(part) or digest_of(state)
-    return state, {**(about or {}), "stats": parts.get("stats"), "sha256": sha256}
+    return state, {**about, "stats": parts.get("stats"), "sha256": sha256}
 
 
 @contextmanager
@@ -1058,7 +1058,7 @@ def begin_run(about, net, average, optimizer):
         lock(out / ".lock")
     if states := states_of(out):
         step, path = next(iter(states.items()))
-        before = {"settings": {}, "step": None, **(read_tensors(path, only=())[1] or {})}
+        before = {"settings": {}, "step": None, **read_tensors(path, only=())[1]}
         refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step}, FREE)
         for p in (p for p in net.parameters() if p.requires_grad):
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
@@ -1068,12 +1068,17 @@ def begin_run(about, net, average, optimizer):
             parts, *_ = read_tensors(path, only=(part,))
             for name, x in tensors.items():
                 x.copy_(parts[part][name])
-        seconds, steps = before["seconds"], before["settings"]["steps"]
+        seconds, steps, init = before["seconds"], before["settings"]["steps"], before["settings"].get("init")
+        if init != settings.get("init"):
+            say(f"--init is not read any more: the run began from {init}")
+            settings["init"] = init
         if steps != settings["steps"] and settings["lr"] != settings.get("lr_final"):
             say(f"--steps was {steps:,}: the learning rate now falls over {settings['steps']:,}")
     if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:
         raise InputError(f"{out} has not the same state for all processes: it must lie on a disk they share")
     if is_first():
+        if not step:
+            (out / "log.jsonl").unlink(missing_ok=True)       # of a start that was killed before it saved
         write_json(out / "run.json", {"settings": settings, **provenance()})
         for half in out.glob(".state_*.tmp"):     # of a writer that was killed
             half.unlink()

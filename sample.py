@@ -184,8 +184,8 @@ def read_labels(text, classes):
     """--labels as "equal", "random" or a list of class numbers, which may be given by name."""
     if text in ("equal", "random"):
         return text
-    number = {str(name): k for k, name in enumerate(classes)}
-    number |= {str(k): k for k in range(len(classes))}
+    number = {str(k): k for k in range(len(classes))}
+    number |= {str(name): k for k, name in enumerate(classes)}
     names = [text] if text in number else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in number:
@@ -221,6 +221,8 @@ def main(argv=None):
     net, decoder = net.to(device).eval(), decoder.to(device).eval()
     stats = {name: x.to(device) for name, x in stats.items()}
     v, weak = (None, None) if net.r_embedder else load_guidance(args, net, about, args.guidance_interval)
+    if net.r_embedder and args.guidance != 1:
+        raise InputError(f"{args.network} is a student: --guidance is for teachers, and for training")
     classes = about["classes"] or range(net.num_classes)
     args.labels = read_labels(args.labels, classes)
     args.nfe = args.nfe or (1 if net.r_embedder else 50)

@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import encoder_of  # noqa: E402
 from model import (  # noqa: E402
-    FREE, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, load_decoder, load_stats, location,
-    lock, read_parts, read_tensors, say, write_json, write_tensors)
+    FREE, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, load_decoder, load_network, load_stats,
+    location, lock, read_state, say, write_json, write_tensors)
+from sanity.random_encoder import check_folder  # noqa: E402
 
 DIFFUSERS_NAMES = (
     ("attention.attention.query", "attention.to_q"),
@@ -26,30 +27,22 @@ DIFFUSERS_NAMES = (
     ("attention.output.dense", "attention.to_out.0"))
 
 
-def export_network(source, out):
-    """Write the folder `out`. InputError: it holds another network."""
-    parts, about, digests = read_parts(source)
-    about = {"settings": {}, **(about or {})}
-    about["settings"] = {name: x for name, x in about["settings"].items() if name not in FREE}
-    state = parts.get("ema", parts.get(""))
-    if (out / "model.safetensors").exists():
-        there = read_tensors(out / "model.safetensors", only=())[2].get("")
-        if there is None or there not in digests.values():
-            raise InputError(f"{out} holds another network: give another --out")
-    stats = {"stats": parts["stats"]} if parts.get("stats") else {}
-    write_tensors(out / "model.safetensors", {"": state, **stats}, about)
-    write_json(out / "config.json", about)
-    size = sum(x.numel() for x in state.values()) / 1e6
-    say(f"{out}: {about.get('kind', 'network')} of {size:,.1f} M numbers, step {about.get('step')}")
+def network(source):
+    """-> its average and statistics, {part: {name: tensor}}; what it says of itself, but for FREE flags."""
+    is_decoder = "decoder_embed.weight" in read_state(source)[0]
+    net, about = (load_decoder if is_decoder else load_network)(source)
+    about["settings"] = {name: x for name, x in about.get("settings", {}).items() if name not in FREE}
+    stats, _ = about.pop("stats"), about.pop("sha256")
+    return {"": net.state_dict(), **({"stats": stats} if stats else {})}, about
 
 
-def export_autoencoder(folder, decoder, stats, encoder):
-    """Write the folder of a ViTDecoder, {"mean", "var"} and an encode_latents.Encoder.
+def autoencoder(decoder, stats, encoder):
+    """-> tensors and config.json of a ViTDecoder, {"mean", "var"} and an encode_latents.Encoder.
 
     That class (diffusers 0.42) makes its encoder with heads of 64 channels and positions for 518 px:
     InputError for an encoder unlike that. It builds its table of positions for a 16 x 16 base, and adds 1e-5
     to the stored deviation, which holds it already."""
-    folder, net = Path(folder), encoder.net.config
+    net = encoder.net.config
     heads_fit = net.hidden_size == 64 * net.num_attention_heads
     if not heads_fit or net.image_size != 518 or encoder.shape != decoder.shape:
         raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2's "
@@ -77,8 +70,7 @@ def export_autoencoder(folder, decoder, stats, encoder):
         "decoder_num_hidden_layers": len(decoder.decoder_layers), "decoder_num_attention_heads": layer.heads,
         "decoder_intermediate_size": layer.intermediate["dense"].out_features,
         "latents_mean": tensors["_latents_mean"].tolist(), "latents_std": tensors["_latents_std"].tolist()}
-    write_json(folder / "config.json", config)
-    write_tensors(folder / "diffusion_pytorch_model.safetensors", {"": tensors})
+    return {"": tensors}, config
 
 
 def parse_args(argv=None):
@@ -92,20 +84,18 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Path(args.out)
-    names = {file.name for file in out.glob("[!.]*")} or set([out.name] * out.is_file())
-    name = "diffusion_pytorch_model.safetensors" if args.autoencoder else "model.safetensors"
-    if names - {"config.json", name}:
-        raise InputError(f"{out} holds something else: give an --out that is empty or new")
-    if not args.autoencoder:
-        lock(out / ".lock")
-        return export_network(args.network, out)
-    encoder = encoder_of(args.autoencoder)
-    decoder, _ = load_decoder(args.network)
-    stats = load_stats(args.autoencoder, decoder.shape)
+    out, name = Path(args.out), "model.safetensors"
+    if args.autoencoder:
+        name, encoder = "diffusion_pytorch_model.safetensors", encoder_of(args.autoencoder)
+        decoder, _ = load_decoder(args.network)
+        parts, about = autoencoder(decoder, load_stats(args.autoencoder, decoder.shape), encoder)
+    else:
+        parts, about = network(args.network)
+    check_folder(out, name, parts)
     lock(out / ".lock")
-    export_autoencoder(out, decoder, stats, encoder)
-    say(f"{out}: diffusers.AutoencoderRAE.from_pretrained({str(out)!r}) loads it")
+    write_tensors(out / name, parts, {} if args.autoencoder else about)
+    write_json(out / "config.json", about)
+    say(f"{out}: {sum(x.numel() for x in parts[''].values()) / 1e6:,.1f} M numbers")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, generator, location, lock, read_json, read_tensors, refuse_other,
-    say, whole, write_json, write_tensors)
+    ArgumentParser, InputError, command, digest_of, generator, location, lock, read_json, read_tensors,
+    refuse_other, say, whole, write_json, write_tensors)
 
 
 def dinov2(width, depth, heads, patch, image_size, **more):
@@ -70,6 +70,14 @@ def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
     return net
 
 
+def check_folder(out, name, parts):
+    """InputError, unless `out` is empty or new, or holds just these tensors, and a config.json perhaps."""
+    there = {file.name for file in out.glob("[!.]*")} or set([out.name] * out.is_file())
+    if there and (name not in there or there - {name, "config.json"} or read_tensors(out / name)[2] != {
+            part: digest_of(tensors) for part, tensors in parts.items()}):
+        raise InputError(f"{out} holds something else: give an --out that is empty or new")
+
+
 def save_dinov2(out, net, more):
     """The folder that --encoder takes; more: entries of its config.json, which is written last."""
     write_tensors(out / "model.safetensors", {"": net.state_dict()})
@@ -100,17 +108,13 @@ def main(argv=None):
     out = Path(args.out)
     settings = {"untrained": True, "hidden_size": args.width, "num_hidden_layers": args.depth,
                 "num_attention_heads": args.heads, "patch_size": args.patch, "seed": args.seed}
-    if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
-        files = out / "config.json", out / "model.safetensors"
-        if not any(file.exists() for file in files):
-            raise InputError(f"{out} holds something else: give an --out that is empty or new")
-        # config.json is written last: where it is, the weights are.
-        if files[0].exists():
-            found = read_json(files[0])
-            refuse_other(out, {name: found.get(name) for name in settings}, settings)
-            read_tensors(files[1])
-            return say(f"{out} is there: an encoder with random weights")
     net = random_dinov2(args.width, args.depth, args.heads, args.patch, args.seed)
+    if (out / "config.json").exists():
+        found = read_json(out / "config.json")
+        refuse_other(out, {name: found.get(name) for name in settings}, settings)
+    check_folder(out, "model.safetensors", {"": net.state_dict()})
+    if (out / "config.json").exists() and (out / "model.safetensors").exists():
+        return say(f"{out} is there: an encoder with random weights")
     lock(out / ".lock")
     save_dinov2(out, net, settings)
     say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px")

@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import finish, sha256, write_shard  # noqa: E402
 from model import (  # noqa: E402
-    DIT_PRESETS, ArgumentParser, DiTDH, InputError, command, generator, load_stats, location, lock, say,
-    whole, write_json, write_tensors)
+    DIT_PRESETS, ArgumentParser, DiTDH, InputError, command, generator, load_stats, location, lock,
+    read_json, refuse_other, say, whole, write_json, write_tensors)
 
 
 def write_latents(out, shape, classes, count, image_size, shard_size=4096):
@@ -57,9 +57,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out, grid = Path(args.out), args.image_size // 16
-    if any(out.glob("[!.]*")):
-        raise InputError(f"{out} holds something: give an --out that is empty or new")
+    marker, settings = out / "synthetic.json", {name: x for name, x in vars(args).items() if name != "out"}
+    if marker.exists():
+        refuse_other(out, read_json(marker), settings)
+    elif any(out.glob("[!.]*")) or out.is_file():
+        raise InputError(f"{out} holds something else: give an --out that is empty or new")
     lock(out / ".lock")
+    write_json(marker, settings)
     shape = (768, grid, grid)
     write_latents(out / "latents", shape, args.images, args.images, args.image_size)
     write_teacher(out / "teacher", out / "latents", args.images, args.preset)

@@ -661,6 +661,41 @@ def test_training_data(data, encoded, copy, tmp_path):
         TrainingData(encoded, data / "b")
 
 
+def test_shards_made_again(data, tmp_path, monkeypatch):
+    """While they are, the folder is not finished: a kill between the last shard and the statistics leaves no old ones."""
+    copied = shutil.copytree(data, tmp_path / "data")
+    out = encode(copied, tmp_path / "out")
+    before = contents(out)
+    (out / "shard_00001.safetensors").unlink()
+    Image.fromarray(picture(40, 40, 99)).save(copied / "b/00.png")
+    finish = encode_latents.finish
+    monkeypatch.setattr(encode_latents, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(copied, out)
+    with pytest.raises(InputError, match="unfinished latents"):
+        Latents(out)
+    let_go()
+    monkeypatch.setattr(encode_latents, "finish", finish)
+    main(["--out", str(encode(copied, out)), "--verify"])
+    assert contents(out).keys() == before.keys() and contents(out) != before
+
+
+def test_images_mended_after_skip_bad(data, tmp_path, capsys):
+    """Without the flag, shards that lack images are made again; a mirror image is not a second bad one."""
+    copied = shutil.copytree(data, tmp_path / "data")
+    (copied / "a/01.png").write_bytes(b"no image")
+    out = encode(copied, tmp_path / "out", "--flips", "--skip-bad")
+    assert len((out / "skipped.txt").read_text().splitlines()) == 1 and len(Latents(out)) == 44
+    assert "1 images unreadable" in capsys.readouterr().out
+    with pytest.raises(InputError, match="a/01.png is no readable image"):
+        encode(copied, out, "--flips")
+    let_go()
+    shutil.copy(data / "a/01.png", copied / "a/01.png")
+    encode(copied, out, "--flips")
+    made, whole = contents(out), contents(encode(data, tmp_path / "whole", "--flips"))
+    assert made.keys() == whole.keys() and all(made[name] == whole[name] for name in made if name != "latents.json")
+
+
 def test_identity_is_by_content(data, encoded, copy, tmp_path):
     moved = shutil.copytree(copy, tmp_path / "moved")
     assert TrainingData(moved).sha256 == TrainingData(encoded).sha256
@@ -705,6 +740,16 @@ def write_list(folder, labels):
     (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
 
 
+def test_a_damaged_dataset_json(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("0/1.png", saved(Image.new("RGB", (9, 9)), "PNG"))
+        archive.writestr("dataset.json", '{"labels": null}')
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b'{"labels"', b'{"babels"', 1))
+    with pytest.raises(InputError, match="its dataset.json cannot be read .*CRC"):
+        Images(tmp_path / "a.zip", 8)
+
+
 def test_labels_of_dataset_json(tmp_path):
     """As StyleGAN's, EDM2's and REPA's tools write it: folders are numbers of files, and mean no class."""
     names = [f"0000{k}/img0000000{i}.png" for k in range(2) for i in range(3)]
@@ -721,7 +766,7 @@ def test_labels_of_dataset_json(tmp_path):
     assert (Images(tmp_path / "data", 8).classes, Images(tmp_path / "data", 8).labels.tolist()) == (["0"], 6 * [0])
     for wrong, words in ((labels[1:], "img00000000.png has no label in dataset.json .1 such"),
                          ([*labels, ["none.png", 0]], "none.png of dataset.json is not there"),
-                         ([[name, 2 * i] for name, i in labels], "no image of class 1 .3 such"),
+                         ([[name, 2 * i] for name, i in labels], "no image of class 1, and some of 6"),
                          ([[name, -1] for name in names], "holds no labels"), ([[name, "1"] for name in names], "holds no labels"),
                          (7, "holds no labels")):
         write_list(tmp_path / "data", wrong)
@@ -924,8 +969,8 @@ model.command(lambda: encode_latents.main(sys.argv[1:]))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "latents.json"]
 
 
-RANDOM = {(64, 2, 4, 8, 0): "2eb7de805403026320986e27f0dfc0b60d0ddb3676da9947ced4801b617d96e6",
-          (12, 1, 2, 4, 0): "76fa6375be83d48e950b3c9ec77fc2efc1724f431978f9f0f39c572eb2fdd95e"}
+RANDOM = {(64, 2, 4, 8, 0): "885cd4212ccc9879fcee3a6564e377f1784e848c27f410fbea90d129d4272a39",
+          (12, 1, 2, 4, 0): "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"}
 
 
 @pytest.mark.parametrize("sizes", RANDOM)
@@ -941,6 +986,10 @@ def test_random_encoder_folder(tmp_path, capsys):
     before = (folder / "model.safetensors").stat().st_mtime_ns
     encoder_folder("e", tmp_path)
     assert "is there" in capsys.readouterr().out and (folder / "model.safetensors").stat().st_mtime_ns == before
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other/config.json").unlink()                 # weights of somebody's: not to be replaced
+    with pytest.raises(InputError, match="something else"):
+        encoder_folder("other", tmp_path, seed=4)
     for sizes in (dict(seed=4), dict(patch=4), dict(width=32)):
         with pytest.raises(InputError, match=f"holds other work .*{'seed' if 'seed' in sizes else '_size'}"):
             encoder_folder("e", tmp_path, **sizes)

@@ -312,6 +312,9 @@ def test_two_processes_give_the_numbers_of_one(place):
     assert two.returncode == 0 and two.stdout.count("FID") == 1, two.stderr
     two = json.loads((place / "samples.inception.json").read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+    without = subprocess.run([*torchrun, *command, place / "reference.npz", "--pr-images", "0"], text=True, capture_output=True)
+    assert without.returncode == 0, without.stderr
+    assert "precision" not in json.loads((place / "samples.inception.json").read_text())["metrics"]
     wrong = subprocess.run([sys.executable, *command, place / "none.npz"], text=True, capture_output=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "none.npz does not exist" in wrong.stderr
 
@@ -402,6 +405,39 @@ def test_names_with_dots(place):
             assert args.out == f"{place}/{name}.inception.json"
     for features, name in (("dinov2", "dinov2"), ("encoder:runs/x", "encoder-runs-x")):       # each kind a file of its own
         assert eval_fid.parse_args(["a.npz", "--reference", "x", "--features", features]).out == f"a.{name}.json"
+
+
+def test_results_of_others_stay(place, tmp_path):
+    """No file that is not this program's is replaced, and none of another reference or features."""
+    place, samples, *_ = place
+    out = place / "out.json"
+    flags = [str(place / "samples.npz"), "--inception", str(place / "net.pt"), "--out", str(out), "--reference"]
+
+    def refused(words, *argv):
+        with pytest.raises(InputError, match=words):
+            main([*flags, *map(str, argv)])
+        while model.LOCKS:
+            model.LOCKS.pop().close()
+    run(place, "--reference", place / "reference.npz")
+    text = out.read_text()
+    refused("reference: .*reference.npz there, .*adm.npz now", place / "adm.npz")
+    refused("features: ", place / "reference.npz", "--features", f"encoder:{place}/latents")
+    assert out.read_text() == text
+    out.write_text('{"mine": 1}')
+    refused("out.json holds other work", place / "reference.npz")
+    assert json.loads(out.read_text()) == {"mine": 1}
+    out.unlink()
+    state = tmp_path / "state.safetensors"
+    model.write_tensors(state, {"net": {"x": torch.ones(2)}}, {"step": 3})
+    refused("state.safetensors holds other work", place / "reference.npz", "--save-statistics", state)
+    assert model.read_tensors(state)[1] == {"step": 3}
+
+
+def test_statistics_of_moments_alone(place, tmp_path):
+    place, *_ = place
+    run(place, "--reference", place / "moments.npz", "--save-statistics", tmp_path / "m.safetensors", samples=None)
+    a, b = (run(place, "--reference", path)["metrics"] for path in (place / "moments.npz", tmp_path / "m.safetensors"))
+    assert a == b and "precision" not in a
 
 
 def test_two_processes_one_result(place):

@@ -195,7 +195,27 @@ def test_a_start_that_was_killed_begins_again(home, tmp_path):
     (tmp_path / "run" / "state_00000002.safetensors").unlink()
     refuses("holds other work .seed", home, "teacher", tmp_path / "run", "--steps", "2", "--save-every", "2", "--seed", "1")
     train(home, "teacher", tmp_path / "run", "--steps", "2", "--save-every", "2")
-    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 1, 2] and 2 in model.states_of(tmp_path / "run")
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2] and 2 in model.states_of(tmp_path / "run")
+
+
+def test_a_killed_start_with_other_saving(home, tmp_path, monkeypatch):
+    """Killed before its first save, twice, the second time under a smaller --save-every: no state was ever there, so it begins."""
+    flags = ["--steps", "6", "--log-every", "1", "--save-every"]
+    train(home, "teacher", tmp_path / "run", *flags, "0")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_teacher, "flow_matching_loss", lambda *_: 1 / 0)
+        train(home, "teacher", tmp_path / "run", *flags, "2")
+    train(home, "teacher", tmp_path / "run", *flags, "2")
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_where_a_run_began_is_kept(home, tmp_path, capsys):
+    """--init is not read again where there is a state; another one is not taken in silence."""
+    train(home, "cmt", tmp_path / "run", "--steps", "1", "--init", home / "cmt")
+    capsys.readouterr()
+    train(home, "cmt", tmp_path / "run", "--steps", "2")
+    assert f"--init is not read any more: the run began from {home}/cmt" in capsys.readouterr().out
+    assert model.load_network(tmp_path / "run")[1]["settings"]["init"] == f"{home}/cmt"
 
 
 def test_nothing_is_saved_with_save_every_0(home, tmp_path):

@@ -173,6 +173,27 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
 
 
 # ---- what is handed on -----------------------------------------------------------------------------------------------------------
+def test_export_of_files_and_over_files(home, tmp_path):
+    """The same command goes on, also of a published file; what is no network is refused; nothing of others is replaced."""
+    net = model.load_network(home / "teacher")[0]
+    torch.save({"ema": {f"module.{name}": x.bfloat16() for name, x in net.state_dict().items()}}, tmp_path / "published.pt")
+    for _ in range(2):
+        export.main([f"{tmp_path}/published.pt", "--out", f"{tmp_path}/slim"])
+        let_go()
+        (tmp_path / "slim/config.json").unlink()                                    # killed before it was written
+    assert (model.load_network(tmp_path / "slim")[0].pos_embed - net.pos_embed).abs().max() < 0.01
+    with pytest.raises(model.InputError, match="is no DiT-DH"):
+        export.main([f"{home}/latents/latent_stats.safetensors", "--out", f"{tmp_path}/none"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")
+    with pytest.raises(model.InputError, match="holds something else"):
+        export.main([f"{home}/teacher", "--out", f"{tmp_path}/mine"])
+    model.write_tensors(tmp_path / "mine/model.safetensors", {"": {"x": torch.ones(3)}})
+    with pytest.raises(model.InputError, match="holds something else"):
+        export.main([f"{home}/teacher", "--out", f"{tmp_path}/mine"])
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_slim_network(home, tmp_path):
     """Of a run: the average under published names, in one file of bare tensors; the same network to whatever comes after."""
     export.main([f"{home}/cmt", "--out", f"{tmp_path}/slim"])
@@ -190,7 +211,7 @@ def test_a_slim_network(home, tmp_path):
     assert "out" not in json.loads((tmp_path / "slim" / "config.json").read_text())["settings"]
     export.main([f"{home}/cmt", "--out", f"{tmp_path}/slim"])                         # again: the same
     let_go()
-    with pytest.raises(model.InputError, match="holds another network"):
+    with pytest.raises(model.InputError, match="holds something else"):
         export.main([f"{home}/teacher", "--out", f"{tmp_path}/slim"])
     let_go()
     with pytest.raises(model.InputError, match="holds something else"):
@@ -235,7 +256,9 @@ def autoencoder(tmp_path_factory):
         if p.requires_grad:
             p.data += 0.05 * torch.randn_like(p)
     stats = {"mean": torch.randn(64, 16, 16).double(), "var": 0.5 + torch.rand(64, 16, 16).double()}
-    export.export_autoencoder(home / "rae", decoder, stats, encoder)
+    parts, config = export.autoencoder(decoder, stats, encoder)
+    model.write_tensors(home / "rae" / "diffusion_pytorch_model.safetensors", parts)
+    model.write_json(home / "rae" / "config.json", config)
     return home, encoder, decoder, stats
 
 

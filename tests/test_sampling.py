@@ -303,6 +303,12 @@ def test_a_teachers_default_times(place, monkeypatch):
     assert seen == [pytest.approx(6.928, abs=1e-3), 2.5]
 
 
+def test_names_that_are_numbers():
+    """A name comes before an index; an index serves where no class has its name."""
+    assert sample.read_labels("1,3", ["1", "2", "3"]) == [0, 2] and sample.read_labels("0", ["1", "2", "3"]) == [0]
+    assert sample.read_labels("2", [str(name) for name in sorted(map(str, range(11)))]) == [3]
+
+
 # ---- mistakes: one line, nothing written ---------------------------------------------------------------------
 @pytest.mark.parametrize(("network", "flags", "words"), [
     ("student", ["--nfe", "0"], "--nfe: '0' is no whole number at least 1"),
@@ -322,6 +328,7 @@ def test_flags_out_of_range(place, tmp_path, capsys, network, flags, words):
 
 
 @pytest.mark.parametrize(("network", "flags", "words"), [
+    ("student", ["--guidance", "2"], "is a student: --guidance is for teachers"),
     ("teacher", ["--labels", "1,x"], "--labels 1,x: no class 'x'; .* below 3 or of names such as cat"),
     ("teacher", ["--labels", "3"], "no class '3'"), ("teacher", ["--labels=-1"], "--labels"),
     ("decoder", [], "is no DiT-DH: it has no .s_embedder.proj.weight"),

@@ -17,6 +17,7 @@ import train_cmt
 import train_meanflow
 import train_teacher
 from model import InputError, generator, load_decoder, read_json, write_json
+from runs import let_go
 from sanity import digits, plot_logs, random_encoder, report, synthetic, train_decoder, train_encoder
 
 NAMES = {"teacher 50": 50, "teacher 1": 1, "CMT 1": 1, "MFD 1": 1}
@@ -391,5 +392,14 @@ def test_synthetic_says_what_it_takes(tmp_path, capsys):
     synthetic.main(argv)
     assert "4 random latents and a random DiTDH-mini, 0.0" in capsys.readouterr().out
     assert encode_latents.Latents(tmp_path / "x/latents").shape == (768, 16, 16)
-    with pytest.raises(InputError, match="empty or new"):
-        synthetic.main(argv)
+    let_go()
+    (tmp_path / "x/latents/latent_stats.safetensors").unlink()                     # killed halfway
+    synthetic.main(argv)
+    let_go()
+    assert encode_latents.Latents(tmp_path / "x/latents").shape == (768, 16, 16)
+    with pytest.raises(InputError, match="images: 4 there, 5 now"):
+        synthetic.main([*argv[:-1], "5"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("")
+    with pytest.raises(InputError, match="holds something else"):
+        synthetic.main(["--out", f"{tmp_path}/mine"])
