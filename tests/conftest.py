@@ -65,9 +65,11 @@ def fill(net, prefix):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A stage that ran in a test must not go on catching what is meant to end the tests."""
+    """As in a shell, whatever started the tests (nohup, `&`); a stage that ran in one catches no more after it."""
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = [(number, signal.getsignal(number)) for number in caught]
+    for number in caught:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in before:
         signal.signal(number, handler)
