@@ -1,4 +1,4 @@
-"""Images -> frozen DINOv2 with registers -> latents on disk, with their statistics; and the readers of both.
+"""Images -> frozen encoder (DINOv2) -> latents on disk, with their statistics; and the readers of both.
 
 An image is prepared as ADM does, resized to the encoder's size, and becomes the encoder's last hidden state:
 patch tokens alone, final LayerNorm without its affine part (RAE, arXiv 2510.11690). Latents are stored raw,
@@ -274,9 +274,19 @@ def read_ahead(read, batches, threads):
 
 
 # ---- The encoder -------------------------------------------------------------------------------------------
+# transformers' vision towers: the class, and its last LayerNorm. SigLIP 2 of fixed size comes in SigLIP's.
+TOWERS = {
+    "dinov2": ("Dinov2Model", "layernorm"),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "layernorm"),
+    "dinov3_vit": ("DINOv3ViTModel", "norm"),
+    "siglip": ("SiglipVisionModel", "post_layernorm"),
+    "siglip_vision_model": ("SiglipVisionModel", "post_layernorm"),
+    "vit_mae": ("ViTMAEModel", "layernorm")}
+
+
 class Encoder(nn.Module):
-    """A frozen Dinov2WithRegistersModel as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or
-    float in [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch, differentiable.
+    """A frozen vision tower as an image encoder (RAE, section 3): images (B, 3, S, S), uint8 or float in
+    [0, 1] -> raw latents (B, C, G, G), float32, G = encoder_size / patch, differentiable.
 
     source: a folder or Hub id. encoder_size: pixels, default image_size * patch / 16 (G = image_size / 16).
     precision: "fp32" or "bf16" (autocast). `about`: what it is; its "identity" is what latents follow from.
@@ -284,50 +294,70 @@ class Encoder(nn.Module):
 
     def __init__(self, source=DINOV2, image_size=256, encoder_size=None, precision="fp32"):
         super().__init__()
-        self.net = load_dinov2(str(source))
+        self.net, kind, image_norm = load_tower(str(source))
         config = self.net.config
-        patch, self.precision, self.skip = config.patch_size, precision, 1 + config.num_register_tokens
+        patch, self.precision, self.more = config.patch_size, precision, {}
         self.encoder_size = encoder_size or image_size * patch // 16
         if self.encoder_size % patch or not encoder_size and image_size % 16:
             raise InputError(f"images of {image_size} px at encoder size {self.encoder_size} do not fit "
                              f"patches of {patch} px: --encoder-size must be a multiple of {patch}")
-        self.shape = (config.hidden_size, *[self.encoder_size // patch] * 2)
-        self.net.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=False)
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
+        grid = self.encoder_size // patch
+        self.shape = (config.hidden_size, grid, grid)
+        if kind in ("siglip", "siglip_vision_model", "vit_mae"):           # the others always do
+            self.more = {"interpolate_pos_encoding": True}
+        if kind == "vit_mae":                     # nothing is masked, and noise that rises keeps the order
+            config.mask_ratio, self.more["noise"] = 0.0, torch.arange(grid ** 2)[None]
+        for name, x in zip(("mean", "std"), image_norm, strict=True):
+            self.register_buffer(name, torch.tensor(x)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
         # Weights, and what changes the answer and is not told by them.
-        names = "num_attention_heads", "layer_norm_eps", "hidden_act"
-        identity = {name: getattr(config, name) for name in names} | {
-            "sha256": digest_of(self.net.state_dict()), "image_size": image_size,
-            "encoder_size": self.encoder_size, "precision": precision}
+        names = "num_attention_heads", "layer_norm_eps", "hidden_act", "rope_theta"
+        identity = {name: getattr(config, name) for name in names if hasattr(config, name)} | {
+            "kind": kind, "sha256": digest_of(self.net.state_dict()), "image_size": image_size,
+            "encoder_size": self.encoder_size, "precision": precision, "image_norm": image_norm}
         untrained = getattr(config, "untrained", None) is True
         self.about = {"id": str(source), "untrained": untrained, "identity": identity}
 
     def forward(self, images):
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = F.interpolate(x, size=(self.encoder_size,) * 2, mode="bicubic", align_corners=False)
+        more = {k: v.expand(len(x), -1) if k == "noise" else v for k, v in self.more.items()}
         # cuDNN would run the patch embedding of fp32 in TF32.
         with (torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
               torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
-            tokens = self.net(pixel_values=(x - self.mean) / self.std).last_hidden_state[:, self.skip:]
+            tokens = self.net(pixel_values=(x - self.mean) / self.std, **more).last_hidden_state
+        # The patches come last, after a class token and registers.
+        tokens = tokens[:, -self.shape[1] * self.shape[2]:]
         return tokens.float().transpose(1, 2).unflatten(2, self.shape[1:])
 
 
-def load_dinov2(source):
-    from transformers import Dinov2WithRegistersModel
-    from transformers.utils import logging
+def load_tower(source):
+    """-> a tower of TOWERS, its last LayerNorm without affine part; its kind; its pixels' [mean, std]."""
+    import transformers
+    from transformers.utils import cached_file, logging
     logging.disable_progress_bar()
     try:
-        net, notes = Dinov2WithRegistersModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True)
+        kind = transformers.PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        name, norm = TOWERS.get(kind, (None, None))
+        if name:
+            net, notes = getattr(transformers, name).from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True)
+            pixels = cached_file(
+                source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     except Exception as error:                    # transformers raises a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"no encoder {source} ({reason}): give a folder or Hub id of a DINOv2 with "
-                         "registers; sanity/random_encoder.py makes an untrained one") from error
-    if notes["missing_keys"]:
-        raise InputError(f"{source} is another kind of model: give a DINOv2 with registers")
-    return net
+        raise InputError(f"no encoder {source} ({reason}): give a folder or Hub id; "
+                         "sanity/random_encoder.py makes an untrained one") from error
+    if not name or notes["missing_keys"]:
+        found = "lacks weights" if name else f"is of model_type {kind}"
+        raise InputError(f"{source} {found}: an encoder is one of {', '.join(TOWERS)}")
+    said = read_json(pixels) if pixels else {}
+    if "image_mean" not in said:
+        say(f"{source} has no preprocessor_config.json with image_mean: ImageNet's are taken")
+    image_norm = [list(said.get("image_mean", IMAGE_MEAN)), list(said.get("image_std", IMAGE_STD))]
+    eps = net.get_submodule(norm).eps
+    net.set_submodule(norm, nn.LayerNorm(net.config.hidden_size, eps, elementwise_affine=False))
+    return net, kind, image_norm
 
 
 # ---- The format's readers ----------------------------------------------------------------------------------
@@ -343,9 +373,11 @@ def read_about(folder):
 def encoder_of(folder):
     """The Encoder that made the latents of a folder, from where it lay then, or lies from here.
 
-    InputError: it is gone, or another one by now."""
+    InputError: it is gone, or another one by now, or a module of one's own."""
     about = read_about(folder)["encoder"]
     made, source = about["identity"], about["id"]
+    if "kind" not in made:
+        raise InputError(f"{folder} is by {source}, which is no --encoder: its images cannot be encoded here")
     beside = Path(folder, about["from_here"])
     if not Path(source).exists() and beside.exists():
         source = beside
@@ -431,8 +463,8 @@ class TrainingData:
         if data_path is None:
             self.data, self.flips, self.encode = Latents(latents), False, nn.Identity()
         else:
-            self.data, self.flips = Images(data_path, made["image_size"]), made["flips"]
             self.encode = encoder_of(latents)
+            self.data, self.flips = Images(data_path, made["image_size"]), made["flips"]
             if self.data.classes != self.classes:
                 raise InputError(f"{data_path} has other classes than {latents}, made from {about['data']}: "
                                  "give the images that these latents are of")
@@ -453,14 +485,59 @@ class TrainingData:
 
 
 # ---- Encoding ----------------------------------------------------------------------------------------------
-@torch.no_grad()
-def encode_shards(images, encoder, shards, out, identity, args):
-    """Encode `shards`, {number: range of indices}; write each when complete, with the sums of its latents."""
-    device = encoder.mean.device
-    plan = [(k, rows[i:i + args.batch_size]) for k, rows in shards.items()
-            for i in range(0, len(rows), args.batch_size)]
+def begin(out, about):
+    """Make `out` the folder of these latents, or see that it is."""
+    if (out / "latents.json").exists():
+        refuse_other(out, read_json(out / "latents.json").get("identity", {}), about["identity"])
+    elif any(out.glob("[!.]*")) or out.is_file():
+        raise InputError(f"{out} holds something else: give an --out that is empty or new")
+    lock(out / ".lock")
+    if not (out / "latents.json").exists():
+        write_json(out / "latents.json", about)
 
-    parts, batches = [], read_ahead(images.read, [rows for _, rows in plan], args.workers)
+
+@torch.no_grad()
+def encode(images, encoder, out, flips=False, batch_size=64, workers=1, shard_size=4096):
+    """Encode `images` (an Images) into the folder `out`; the same call goes on. Processes share the work.
+
+    encoder: an Encoder; or a module of one's own, uint8 (B, 3, S, S) -> raw latents (B, C, G, G), with
+    `shape` (C, G, G) and `digest`, a text that changes when its latents do: a hash of its weights, say.
+    InputError: `out` holds other work, or lies within the images; latents that are not finite in float16."""
+    device, rank, world = launch(hours=24)
+    out = Path(out)
+    if images.path.is_dir() and images.path.resolve() in out.resolve().parents:
+        raise InputError(f"--out {out} lies within the images: give one elsewhere")
+    if isinstance(encoder, Encoder):
+        made_by = {**encoder.about, "from_here": os.path.relpath(encoder.about["id"], out)}
+    else:
+        identity = {"sha256": encoder.digest, "image_size": images.image_size}
+        made_by = {"id": type(encoder).__name__, "identity": identity}
+    total = len(images) * (1 + flips)
+    shards = {i // shard_size: range(i, min(i + shard_size, total)) for i in range(0, total, shard_size)}
+    about = {
+        "data": images.path.resolve().name, "shape": encoder.shape, "shards": len(shards),
+        "encoder": made_by, "classes": images.classes,
+        "identity": {"images": images.sha256, "flips": flips, "shard_size": shard_size,
+                     **made_by["identity"]}}
+    if rank == 0:
+        say(f"{len(images):,} images in {len(images.classes)} classes, on {world} x {device.type}: "
+            f"{total * math.prod(encoder.shape) * 2 / 1e9:,.2f} GB of latents in {out}")
+        begin(out, about)
+    barrier()
+
+    # Without skip_bad, a shard that lacks images is made again.
+    missing = [k for k in shards if not shard_path(out, k).exists()
+               or not images.skip_bad and read_shard(out, about, k)[1]["skipped"]]
+    barrier()                                     # all have looked before the first one writes
+    if rank == 0 and missing:
+        (out / "latent_stats.safetensors").unlink(missing_ok=True)         # of other shards
+    if len(missing) < len(shards):
+        known = "" if images.zip else "; images are known by name"
+        say(f"{len(shards) - len(missing)} of {len(shards)} shards are there{known}")
+    plan = [(k, shards[k][i:i + batch_size]) for k in missing[rank::world]
+            for i in range(0, len(shards[k]), batch_size)]
+    parts, batches = [], read_ahead(images.read, [rows for _, rows in plan], workers)
+    encoder.to(device).eval()
     for (k, rows), (x, y) in zip(plan, progress(batches, len(plan), "batches"), strict=True):
         z = encoder(x.to(device)).half() if len(x) else torch.empty(0, *encoder.shape).half()
         if not z.isfinite().all():
@@ -470,18 +547,47 @@ def encode_shards(images, encoder, shards, out, identity, args):
         if rows[-1] == shards[k][-1]:
             z, y = map(torch.cat, zip(*parts, strict=True))
             skipped = [images.skipped[i] for i in shards[k] if i in images.skipped]
-            write_shard(out, k, z, y, identity, skipped)
+            write_shard(out, k, z, y, about, skipped)
             parts = []
+    barrier()
+    if rank == 0 and (missing or not (out / "latent_stats.safetensors").exists()):
+        finish(out, about)
 
 
-def write_shard(out, k, z, y, identity, skipped=()):
-    """z: (n, C, H, W) float16; y: (n,) int64; identity: of latents.json, its sha256."""
+def write_latents(out, latents, labels, classes=None, made_by="given", shard_size=4096):
+    """Write latents that exist as such a folder. One process; the same call starts over.
+
+    latents: (N, C, G, G), an array, a map of one, or a tensor, raw. labels: (N,) integers. classes: names.
+    made_by: what made them. InputError: as of `encode`."""
+    def block(k):
+        x = latents[k * shard_size:(k + 1) * shard_size]
+        return (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))).cpu().half()
+    out, labels = Path(out), torch.as_tensor(list(labels))
+    classes = [str(name) for name in classes or range(int(labels.max()) + 1)]
+    shards = range(math.ceil(len(labels) / shard_size))
+    contents = [digest_of({"": block(k)}) for k in shards]
+    about = {
+        "data": made_by, "shape": list(latents.shape[1:]), "shards": len(shards),
+        "encoder": {"id": made_by, "identity": {}}, "classes": classes,
+        "identity": {"latents": sha256([contents, labels.tolist(), classes]), "shard_size": shard_size}}
+    begin(out, about)
+    for k in shards:
+        z, y = block(k), labels[k * shard_size:(k + 1) * shard_size]
+        if not z.isfinite().all():
+            raise InputError(f"some latents are not finite in float16, from number {k * shard_size} on")
+        write_shard(out, k, z, y, about)
+    finish(out, about)
+
+
+def write_shard(out, k, z, y, about, skipped=()):
+    """z: (n, C, H, W) float16; y: (n,) int64; about: latents.json."""
     total, squares = torch.zeros(2, *z.shape[1:], dtype=torch.float64)
     for part in z.split(64):
         total += part.double().sum(0)
         squares += part.double().square().sum(0)
     tensors = {"latents": z, "labels": y, "sum": total, "squares": squares}
-    write_tensors(shard_path(out, k), {"": tensors}, {"identity": identity, "skipped": list(skipped)})
+    said = {"identity": sha256(about["identity"]), "skipped": list(skipped)}
+    write_tensors(shard_path(out, k), {"": tensors}, said)
 
 
 def statistics(folder, about, check=False):
@@ -536,7 +642,7 @@ def parse_args(argv=None):
     add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
     add("--skip-bad", action="store_true", help="list unreadable images in skipped.txt, in place of stopping")
     add("--encoder", type=location, default=DINOV2,
-        help="folder or Hub id of a Dinov2WithRegistersModel (RAE)")
+        help="folder or Hub id: DINOv2 (RAE), DINOv3, MAE, SigLIP (docs/DATA.md)")
     add("--encoder-size", type=pixels, help="pixels that it sees (default: image size * patch / 16; RAE)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, of 8 bits")
     add("--batch-size", type=whole(), default=64, help="images per process and pass; changes rounding alone")
@@ -548,55 +654,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def begin(out, about):
-    """Make `out` the folder of these latents, or see that it is."""
-    if (out / "latents.json").exists():
-        refuse_other(out, read_json(out / "latents.json").get("identity", {}), about["identity"])
-    elif any(out.glob("[!.]*")) or out.is_file():
-        raise InputError(f"{out} holds something else: give an --out that is empty or new")
-    lock(out / ".lock")
-    if not (out / "latents.json").exists():
-        write_json(out / "latents.json", about)
-
-
 def main(argv=None):
     args = parse_args(argv)
-    out = Path(args.out)
-    device, rank, world = launch(hours=24)
+    _, rank, _ = launch(hours=24)
     if args.verify:
-        return verify(out) if rank == 0 else None
+        return verify(Path(args.out)) if rank == 0 else None
     images = Images(args.data_path, args.image_size, args.skip_bad)
-    if images.path.is_dir() and images.path.resolve() in out.resolve().parents:
-        raise InputError(f"--out {out} lies within the images: give one elsewhere")
-    encoder = Encoder(args.encoder, args.image_size, args.encoder_size, args.precision).to(device)
-    total, size = len(images) * (1 + args.flips), args.shard_size
-    about = {
-        "data": images.path.resolve().name, "shape": encoder.shape, "shards": math.ceil(total / size),
-        "encoder": {**encoder.about, "from_here": os.path.relpath(args.encoder, out)},
-        "classes": images.classes,
-        "identity": {"images": images.sha256, "flips": args.flips, "shard_size": size,
-                     **encoder.about["identity"]}}
-    if rank == 0:
-        say(f"{len(images):,} images in {len(images.classes)} classes, on {world} x {device.type}: "
-            f"{total * math.prod(encoder.shape) * 2 / 1e9:,.2f} GB of latents in {out}")
-        begin(out, about)
-    barrier()
-
-    shards = {k: range(k * size, min((k + 1) * size, total)) for k in range(about["shards"])}
-    # Without --skip-bad, a shard that lacks images is made again.
-    missing = [k for k in shards if not shard_path(out, k).exists()
-               or not args.skip_bad and read_shard(out, about, k)[1]["skipped"]]
-    barrier()                                     # all have looked before the first one writes
-    if rank == 0 and missing:
-        (out / "latent_stats.safetensors").unlink(missing_ok=True)         # of other shards
-    if len(missing) < len(shards):
-        known = "" if images.zip else "; images are known by name"
-        say(f"{len(shards) - len(missing)} of {len(shards)} shards are there{known}")
-    mine = {k: shards[k] for k in missing[rank::world]}
-    encode_shards(images, encoder, mine, out, sha256(about["identity"]), args)
-    barrier()
-    if rank == 0 and (missing or not (out / "latent_stats.safetensors").exists()):
-        finish(out, about)
+    encoder = Encoder(args.encoder, args.image_size, args.encoder_size, args.precision)
+    encode(images, encoder, args.out, args.flips, args.batch_size, args.workers, args.shard_size)
 
 
 if __name__ == "__main__":

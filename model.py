@@ -355,11 +355,15 @@ class DecoderLayer(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """(B, C, G, G) de-normalized latents -> (B, 3, G * patch, G * patch) images, about in [0, 1]."""
+    """(B, C, G, G) de-normalized latents -> (B, 3, G * patch, G * patch) images, about in [0, 1].
 
-    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, mlp_size, patch_size=16):
+    image_norm: mean and std of the encoder's pixels, which the decoder's are given back with."""
+
+    def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, mlp_size, patch_size=16,
+                 image_norm=(IMAGE_MEAN, IMAGE_STD)):
         super().__init__()
         self.patch_size, self.shape = patch_size, (in_channels, input_size, input_size)
+        self.image_norm = image_norm
         self.decoder_embed = nn.Linear(in_channels, hidden_size)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         cls = torch.zeros(1, hidden_size, device="cpu")
@@ -381,7 +385,7 @@ class ViTDecoder(nn.Module):
         # (B, row, column, p, p, colour)
         x = x.unflatten(2, (p, p, 3)).unflatten(1, (grid, grid))
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()
-        mean, std = x.new_tensor(IMAGE_MEAN), x.new_tensor(IMAGE_STD)
+        mean, std = map(x.new_tensor, self.image_norm)
         return x * std[:, None, None] + mean[:, None, None]
 
 
@@ -969,7 +973,8 @@ def load_decoder(source):
             num_heads=about.get("num_heads") or heads[width],
             depth=sum(name.endswith(".layernorm_before.weight") for name in state),
             mlp_size=len(state["decoder_layers.0.intermediate.dense.bias"]),
-            patch_size=math.isqrt(len(state["decoder_pred.bias"]) // 3))
+            patch_size=math.isqrt(len(state["decoder_pred.bias"]) // 3),
+            image_norm=about.get("image_norm", (IMAGE_MEAN, IMAGE_STD)))
         fill(decoder, source, state)
     return decoder, about
 

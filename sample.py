@@ -32,8 +32,8 @@ from PIL import Image, ImageDraw
 from model import (
     ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize,
     digest_of, fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location,
-    lock, long_jumps, ode_times, positive, progress, read_json, read_tensors, refuse_other, say, solve_ode,
-    whole, write_atomically, write_json, write_tensors)
+    lock, long_jumps, number, ode_times, positive, progress, read_json, read_tensors, refuse_other, say,
+    solve_ode, whole, write_atomically, write_json, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
@@ -151,6 +151,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("network", type=location, help="a run, one of its states, a published file, or a Hub path")
     add("--decoder", type=location, default=DECODER, help="likewise (RAE)")
+    add("--image-norm", type=number(float, 0, 1e3), nargs=6, metavar="X",
+        help="mean and std of R, G, B that its pixels are given back (default: its own, or ImageNet's)")
     add("--stats", type=location, metavar="FILE",
         help="latent_stats.safetensors or stat.pt (default: the network's)")
     add("--nfe", type=whole(), help="evaluations for an image (default: student 1, teacher 50; MF-RAE)")
@@ -210,6 +212,8 @@ def main(argv=None):
     net, about = load_network(args.network)
     try:
         decoder, of_decoder = load_decoder(args.decoder)
+        if args.image_norm:
+            decoder.image_norm = args.image_norm[:3], args.image_norm[3:]
         if net.shape != decoder.shape:
             raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}")
     except InputError as error:

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import encoder_of  # noqa: E402
 from model import (  # noqa: E402
-    FREE, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, load_decoder, load_network, load_stats,
+    FREE, ArgumentParser, InputError, command, load_decoder, load_network, load_stats,
     location, lock, read_state, say, write_json, write_tensors)
 from sanity.random_encoder import check_folder  # noqa: E402
 
@@ -43,10 +43,11 @@ def autoencoder(decoder, stats, encoder):
     InputError for an encoder unlike that. It builds its table of positions for a 16 x 16 base, and adds 1e-5
     to the stored deviation, which holds it already."""
     net = encoder.net.config
-    heads_fit = net.hidden_size == 64 * net.num_attention_heads
-    if not heads_fit or net.image_size != 518 or encoder.shape != decoder.shape:
-        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2's "
-                         f"heads of 64 channels, positions for 518 px, and latents {decoder.shape}")
+    kind = net.model_type, net.hidden_size // net.num_attention_heads, net.image_size, encoder.shape
+    if kind != ("dinov2_with_registers", 64, 518, decoder.shape):
+        raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2 "
+                         "with registers, heads of 64 channels, positions for 518 px, and latents "
+                         f"{decoder.shape}")
     grid = decoder.shape[1]
     if grid != 16:
         say(f"warning: at {grid} x {grid} tokens AutoencoderRAE of diffusers 0.42 uses other positions than "
@@ -57,8 +58,8 @@ def autoencoder(decoder, stats, encoder):
             name = name.replace(ours, theirs)
         tensors[f"decoder.{name}"] = tensor
     del tensors["decoder.decoder_pos_embed"]
-    tensors["encoder_mean"] = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-    tensors["encoder_std"] = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
+    for name, x in zip(("encoder_mean", "encoder_std"), decoder.image_norm, strict=True):
+        tensors[name] = torch.tensor(x).view(1, 3, 1, 1)
     tensors["_latents_mean"] = stats["mean"].float()
     tensors["_latents_std"] = (stats["var"] + 1e-5).sqrt().float()
     layer = decoder.decoder_layers[0]

@@ -19,8 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, digest_of, generator, location, lock, read_json, read_tensors,
-    refuse_other, say, whole, write_json, write_tensors)
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, digest_of, generator, location, lock,
+    read_json, read_tensors, refuse_other, say, whole, write_json, write_tensors)
 
 
 def dinov2(width, depth, heads, patch, image_size, **more):
@@ -71,9 +71,10 @@ def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
 
 
 def check_folder(out, name, parts):
-    """InputError, unless `out` is empty or new, or holds just these tensors, and a config.json perhaps."""
+    """InputError, unless `out` is empty or new, or holds just these tensors, and their JSON perhaps."""
     there = {file.name for file in out.glob("[!.]*")} or set([out.name] * out.is_file())
-    if there and (name not in there or there - {name, "config.json"} or read_tensors(out / name)[2] != {
+    more = there - {name, "config.json", "preprocessor_config.json"}
+    if there and (name not in there or more or read_tensors(out / name)[2] != {
             part: digest_of(tensors) for part, tensors in parts.items()}):
         raise InputError(f"{out} holds something else: give an --out that is empty or new")
 
@@ -81,6 +82,7 @@ def check_folder(out, name, parts):
 def save_dinov2(out, net, more):
     """The folder that --encoder takes; more: entries of its config.json, which is written last."""
     write_tensors(out / "model.safetensors", {"": net.state_dict()})
+    write_json(out / "preprocessor_config.json", {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD})
     config = json.loads(net.config.to_json_string())
     config |= {"architectures": ["Dinov2WithRegistersModel"], **more}
     write_json(out / "config.json", config)

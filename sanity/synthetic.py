@@ -13,24 +13,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import finish, sha256, write_shard  # noqa: E402
+from encode_latents import write_latents  # noqa: E402
 from model import (  # noqa: E402
     DIT_PRESETS, ArgumentParser, DiTDH, InputError, command, generator, load_stats, location, lock,
     read_json, refuse_other, say, whole, write_json, write_tensors)
 
 
-def write_latents(out, shape, classes, count, image_size, shard_size=4096):
-    """A folder of N(0, 1) latents, as encode_latents.py writes them; image i has class i mod classes."""
-    identity = {"images": "random", "flips": False, "shard_size": shard_size, "image_size": image_size}
-    encoder = {"id": "none", "untrained": True, "from_here": "none", "identity": identity}
-    about = {"data": "random", "shape": shape, "shards": -(-count // shard_size), "encoder": encoder,
-             "classes": [str(i) for i in range(classes)], "identity": identity}
-    write_json(out / "latents.json", about)
-    for k in range(about["shards"]):
-        y = torch.arange(k * shard_size, min((k + 1) * shard_size, count)) % classes
-        z = torch.randn(len(y), *shape, generator=generator("cpu", "synthetic", k)).half()
-        write_shard(out, k, z, y, sha256(identity))
-    finish(out, about)
+def random_latents(count, shape):
+    """float16 (count, C, H, W), N(0, 1)."""
+    z = torch.empty(count, *shape, dtype=torch.float16)
+    for i in range(count):
+        z[i] = torch.randn(shape, generator=generator("cpu", "synthetic", i))
+    return z
 
 
 def write_teacher(out, latents, classes, preset, seed=0):
@@ -64,8 +58,8 @@ def main(argv=None):
         raise InputError(f"{out} holds something else: give an --out that is empty or new")
     lock(out / ".lock")
     write_json(marker, settings)
-    shape = (768, grid, grid)
-    write_latents(out / "latents", shape, args.images, args.images, args.image_size)
+    latents = random_latents(args.images, (768, grid, grid))
+    write_latents(out / "latents", latents, range(args.images), made_by="random")
     write_teacher(out / "teacher", out / "latents", args.images, args.preset)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e9
     say(f"{out}: {args.images} random latents and a random {args.preset}, {size:.2f} GB")

@@ -23,8 +23,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import Images, Latents, batches_of, encoder_of, read_ahead  # noqa: E402
 from model import (  # noqa: E402
-    DECODER_PRESETS, ArgumentParser, InputError, Log, ViTDecoder, begin_run, command, fraction,
-    generator, launch, location, not_negative, positive, save_state, say, stop_signals, whole)
+    DECODER_PRESETS, IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, Log, ViTDecoder, begin_run, command,
+    fraction, generator, launch, location, not_negative, positive, save_state, say, stop_signals, whole)
 
 HELD_OUT = 512                                    # images kept out, to measure on; of few, a quarter
 
@@ -47,22 +47,19 @@ def quality(decoder, z, x):
             "psnr": -10 * error.square().mean((1, 2, 3)).log10().mean().item()}
 
 
-def open_pairs(data_path, folder, device):
-    """Latents, the images they were made of, and their encoder. InputError: they do not belong together."""
+def open_pairs(data_path, folder):
+    """Latents, and the images that they were made of. InputError: they do not belong together."""
     latents = Latents(folder)
     made = latents.about["identity"]
-    images, encoder = Images(data_path, made["image_size"]), encoder_of(folder).to(device)
+    if "image_size" not in made:
+        raise InputError(f"{folder} holds latents that were given: without the images that they are of")
+    images = Images(data_path, made["image_size"])
+    if made["images"] != images.sha256 or len(latents) != len(images) * (1 + made["flips"]):
+        raise InputError(f"{folder} does not hold the latents of the images in {data_path}, one for each: "
+                         "give the folder or .zip that they were made from")
     if len(latents) < 64:
         raise InputError(f"{len(latents)} images are too few to learn and to measure: give at least 64")
-    few = list(range(0, len(latents), math.ceil(len(latents) / 16)))
-    if torch.equal(images.labels.repeat(2 if made["flips"] else 1), latents.labels):
-        with torch.no_grad():
-            z = latents.read(few)[0].to(device)
-            again = encoder(images.read(few)[0].to(device))
-        if (again - z).abs().mean() < 0.1 * latents.stats["var"].mean().sqrt():
-            return latents, images, encoder
-    raise InputError(f"{folder} does not hold the latents of the images in {data_path}, one for each and in "
-                     "order: give the folder that they were made from")
+    return latents, images
 
 
 def parse_args(argv=None):
@@ -77,7 +74,7 @@ def parse_args(argv=None):
     add("--lr", type=positive, default=3e-3, help="of AdamW at its highest; cosine to a tenth")
     add("--noise", type=not_negative, default=0.8, metavar="TAU", help="largest noise on the latents, in "
         "units of their spread: the decoder then forgives what is generated its small faults (RAE)")
-    add("--feature-weight", type=not_negative, default=0.3, help="w, of the encoder's features")
+    add("--feature-weight", type=not_negative, default=0.3, help="w, of the encoder's features; 0: L1 alone")
     add("--ema", type=fraction, default=0.998, help="decay of the weights' average per step")
     add("--seed", type=whole(0), default=0, help="of everything random")
     add("--log-every", type=whole(), default=100, metavar="STEPS", help="steps between lines of log.jsonl")
@@ -90,7 +87,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device, *_ = launch()
-    latents, images, encoder = open_pairs(args.data_path, args.latents, device)
+    latents, images = open_pairs(args.data_path, args.latents)
+    encoder = encoder_of(args.latents).to(device) if args.feature_weight else None
     kept_out = HELD_OUT if len(latents) >= 2 * HELD_OUT else len(latents) // 4
     spread = latents.stats["var"].mean().sqrt().item()
     g = generator("cpu", args.seed, "decoder", "held out")
@@ -104,13 +102,16 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     channels, grid, _ = latents.shape
-    decoder = ViTDecoder(grid, channels, **DECODER_PRESETS[args.preset], patch_size=images.image_size // grid)
+    encoded_by = latents.about["encoder"]
+    image_norm = encoded_by["identity"].get("image_norm", (IMAGE_MEAN, IMAGE_STD))
+    decoder = ViTDecoder(grid, channels, **DECODER_PRESETS[args.preset],
+                         patch_size=images.image_size // grid, image_norm=image_norm)
     average = copy.deepcopy(decoder.to(device)).requires_grad_(False)
     weights = [p for p in decoder.parameters() if p.requires_grad]
     averages = [average.get_parameter(name) for name, p in decoder.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     about = {"kind": "decoder", "num_heads": DECODER_PRESETS[args.preset]["num_heads"],
-             "encoder": encoder.about, "stats": latents.stats,
+             "encoder": encoded_by, "stats": latents.stats, "image_norm": image_norm,
              "settings": {**vars(args), "sha256 of latents": latents.sha256}}
     first_step, seconds = begin_run(about, decoder, average, optimizer)
 

@@ -332,7 +332,8 @@ def test_encoder_is_dinov2_without_the_last_affine(tmp_path):
     assert torch.equal(z, encoder(images / 255))
     assert (encoder.about["id"], encoder.about["untrained"]) == (str(tmp_path), False)
     assert {k: v for k, v in encoder.about["identity"].items() if k != "sha256"} == {
-        "image_size": 48, "encoder_size": 42, "precision": "fp32", "num_attention_heads": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+        "image_size": 48, "encoder_size": 42, "precision": "fp32", "num_attention_heads": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
+        "kind": "dinov2_with_registers", "image_norm": [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]}
     assert (Encoder(tmp_path, 256).encoder_size, Encoder(tmp_path, 512).encoder_size) == (224, 448)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     reduced = Encoder(tmp_path, 48, precision="bf16")(images)
