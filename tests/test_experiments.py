@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import encode_latents
 import model
 import train_cmt
 from docs.experiments import meaning, published, run
@@ -89,7 +90,7 @@ def test_published_ingredients(monkeypatch):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     data = tmp_path_factory.mktemp("synthetic")
-    synthetic.write_latents(data / "latents", (12, 4, 4), 3, 16, 64)
+    encode_latents.write_latents(data / "latents", synthetic.random_latents(16, (12, 4, 4)), [i % 3 for i in range(16)])
     synthetic.write_teacher(data / "teacher", data / "latents", 3, "DiTDH-mini")
     return data
 
@@ -125,3 +126,27 @@ def test_table_and_plot(tmp_path, monkeypatch):
     assert lines[4] == "| exact, 1 step | 1 | 2 ± 1.4 | 1 ± 0 | 2 ± 0 | 0.5000 ± 0 | 10 | 3 ± 0 | 0.5 ± 0 | 200 ± 0 |"
     assert "1 of 2 runs not finite" in lines[6] and "| not finite |" in lines[8]
 
+
+
+def test_headlines():
+    """What the first lines of pages c and h say, from the numbers that they stand on."""
+    def rows(name):
+        return model.read_json(run.ROOT / f"docs/experiments/numbers/{name}.json")["rows"]
+
+    def first_line(page):
+        return (run.ROOT / f"docs/experiments/{page}.md").read_text().splitlines()[2]
+    c, h = rows("c-0"), rows("h-0")
+    ratios = {(solver, n, space): c[f"{solver}, {n} steps, 1 step"][space] / h[f"teacher, {solver}, NFE {n * cost}"][space]
+              for solver, cost in (("euler", 1), ("heun", 2)) for n in (2, 4, 8, 16, 32) if n * cost <= 32
+              for space in ("encoder", "classifier")}
+    assert (round(min(ratios.values()), 1), round(max(ratios.values()), 1)) == (1.0, 1.5) and "1.0 to 1.5 times" in first_line("c-cmt-alone")
+    encoder = [ratio for (solver, _, space), ratio in ratios.items() if (solver, space) == ("euler", "encoder")]
+    assert encoder == sorted(encoder)                         # the more, the better the solver
+    page = (run.ROOT / "docs/experiments/c-cmt-alone.md").read_text()
+    for solver in ("euler", "heun"):
+        cells = [f"{ratios[solver, n, 'encoder']:.2f} ({ratios[solver, n, 'classifier']:.2f})" for n in (2, 4, 8, 16, 32)
+                 if (solver, n, "encoder") in ratios]
+        assert " | ".join(cells) in page
+    encoder, classifier = (h["MFD, NFE 1"][space] / h["teacher, heun, NFE 50"][space] for space in ("encoder", "classifier"))
+    assert f"{100 * (encoder - 1):.0f}% farther" in first_line("h-evaluations")
+    assert f"{100 * (1 - classifier):.0f}% nearer" in first_line("h-evaluations")

@@ -107,10 +107,18 @@ LENGTH = "--log-every 500 --save-every 2000 --keep-every 2000 --decay-from 0 --c
 LONG = {"published, lr 1e-3": (f"{PUBLISHED_WEIGHT} --lr 1e-3 --lr-final 1e-3", 30_000),
         "published, lr 1e-4": (f"{PUBLISHED_WEIGHT} --lr 1e-4 --lr-final 1e-4", 30_000),
         "p = 0.5, c = 0.1, lr 1e-3": ("--lr 1e-3 --lr-final 1e-3", 6000)}
+# k: MeanFlow from random weights. In forward passes (F) of a row a backward pass is 2, so flow matching is 3, CMT 3 + 1 (16 solver
+# steps, 16 pairs), MFD 3 + 1 + 2 / 4 (two ends of a difference in one row of four), MeanFlow 3 + 2 / 4. 3,120 steps cost what all of
+# teacher, CMT and MFD do.
+BEFORE_MFD, EACH_MFD, EACH_MEANFLOW = 2600 * 32 * 3 + 250 * 32 * 4, 64 * 4.5, 64 * 3.5
+RANDOM = f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"
+MEANFLOW = (f"{MFT} --init {{exp}}/random --out {{out}} --steps 3120 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 "
+            "--save-every 520 --keep-every 520")
+MEANFLOW_RATE = "2e-3"                                                                            # the better one in k-rates
 TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
-    "a": dict(first=[f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"], **explosion()),
+    "a": dict(first=[RANDOM], **explosion()),
     "a-768": elsewhere("--width 48 --patch 8"),
     "a-3072": elsewhere("--width 48 --patch 4", steps=1000, c="9.4e4"),         # (0.1 C H W)^2
     "a-12288": elsewhere("--width 48 --patch 2", steps=1000, only=("ours", "labels", "embedding", "weight", "all")),
@@ -149,6 +157,16 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
     "h": dict(arms={}, also={f"teacher, {solver}, NFE {n}": ("{run}/teacher", f"--nfe {n} --solver {solver}")
                              for solver in ("euler", "heun") for n in (2, 4, 8, 16, 32, 50, 100)}
               | {f"{name.upper()}, NFE {n}": (f"{{run}}/{name}", f"--nfe {n}") for name in ("cmt", "mfd", "mft") for n in (1, 2, 4)}),
+    "k-rates": dict(first=[RANDOM], arms={
+        "MeanFlow, lr 2e-3": [f"{MEANFLOW} --lr 2e-3"], "MeanFlow, lr 7e-4": [f"{MEANFLOW} --lr 7e-4"],
+        "MeanFlow, published weight, lr 7e-4": [f"{MEANFLOW} --lr 7e-4 {PUBLISHED_WEIGHT}"],
+        "MFD, lr 4e-4": distill(), "MFD, lr 8e-4": distill("--lr 8e-4")}),
+    "k": dict(first=[RANDOM], arms={"MeanFlow": [f"{MEANFLOW} --lr {MEANFLOW_RATE}"],
+                                    "MFD": distill("--save-every 290 --keep-every 290")},
+              also={"MFD, step 0": ("{run}/cmt", "--nfe 1")}
+              | {f"{name}, step {k}": (f"{{exp}}/{name}/state_{k:08d}.safetensors", "--nfe 1")
+                 for name, each, steps in (("MFD", 290, 1450), ("MeanFlow", 520, 3120)) for k in range(each, steps, each)}),
+    "k-long": dict(first=[RANDOM], arms={"MeanFlow, twice": [f"{MEANFLOW} --lr {MEANFLOW_RATE} --steps 6240"]}),
 }
 
 
@@ -325,6 +343,32 @@ def plot_length(rows, path):
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
+def plot_cost(rows, path):
+    """A PNG: distance and class accuracy of both roads against their cost, mean and range over seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    roads, ends = {"MFD": {}, "MeanFlow": {}}, {"MFD": 1450, "MeanFlow": 3120}
+    for name, found in rows.items():
+        road, _, step = name.partition(", step ")
+        step = int(step or ends[road])
+        cost = BEFORE_MFD + EACH_MFD * step if road == "MFD" else EACH_MEANFLOW * step
+        roads[road][cost / 1000] = list(found.values())
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    titles = {"encoder": "Frechet distance, encoder", "classifier": "Frechet distance, classifier", "accuracy": "class accuracy"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for road, points in roads.items():
+            x = sorted(points)
+            y, low, high = ([f(row[key] for row in points[k]) for k in x] for f in (statistics.mean, min, max))
+            label = {"MFD": "teacher, CMT, MFD", "MeanFlow": "MeanFlow alone"}[road]
+            line, = ax.plot(x, y, marker="o", markersize=3, linewidth=1, label=label)
+            ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+        ax.set(title=title, xlabel="cost, thousand forward passes of a row", yscale="linear" if key == "accuracy" else "log")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -349,6 +393,8 @@ def main():
         print(table(rows))
         if args.plot and args.experiment == "b-length":
             plot_length(rows, args.plot)
+        elif args.plot and args.experiment == "k":
+            plot_cost(rows, args.plot)
         elif args.plot:
             plot(args.experiment, rows, args.plot)
 
