@@ -105,6 +105,8 @@ class Points:
             original = getattr(os, name)
 
             def call(*args, **more):
+                if name in ("unlink", "remove") and not os.path.lexists(args[0]):
+                    return original(*args, **more)            # fails, and changes nothing
                 return self.at(name, args[place], lambda: original(*args, **more), needs_space=needs_space)
             setattr(os, name, call)
 
