@@ -642,7 +642,7 @@ def parse_args(argv=None):
     add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
     add("--skip-bad", action="store_true", help="list unreadable images in skipped.txt, in place of stopping")
     add("--encoder", type=location, default=DINOV2,
-        help="folder or Hub id: DINOv2 (RAE), DINOv3, MAE, SigLIP (docs/DATA.md)")
+        help="folder or Hub id of DINOv2 (RAE), DINOv3, MAE, SigLIP")
     add("--encoder-size", type=pixels, help="pixels that it sees (default: image size * patch / 16; RAE)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, of 8 bits")
     add("--batch-size", type=whole(), default=64, help="images per process and pass; changes rounding alone")

@@ -47,19 +47,29 @@ def quality(decoder, z, x):
             "psnr": -10 * error.square().mean((1, 2, 3)).log10().mean().item()}
 
 
-def open_pairs(data_path, folder):
-    """Latents, and the images that they were made of. InputError: they do not belong together."""
+def open_pairs(data_path, folder, device, needs_encoder=True):
+    """Latents, the images that they were made of, and their encoder (None: a module of one's own).
+
+    InputError: they do not belong together, or no encoder where one is needed."""
     latents = Latents(folder)
     made = latents.about["identity"]
     if "image_size" not in made:
         raise InputError(f"{folder} holds latents that were given: without the images that they are of")
     images = Images(data_path, made["image_size"])
-    if made["images"] != images.sha256 or len(latents) != len(images) * (1 + made["flips"]):
-        raise InputError(f"{folder} does not hold the latents of the images in {data_path}, one for each: "
-                         "give the folder or .zip that they were made from")
+    encoder = encoder_of(folder).to(device) if needs_encoder or "kind" in made else None
     if len(latents) < 64:
         raise InputError(f"{len(latents)} images are too few to learn and to measure: give at least 64")
-    return latents, images
+    fit = torch.equal(images.labels.repeat(1 + made["flips"]), latents.labels)
+    if fit and encoder:
+        few = list(range(0, len(latents), math.ceil(len(latents) / 16)))
+        with torch.no_grad():
+            z = latents.read(few)[0].to(device)
+            again = encoder(images.read(few)[0].to(device))
+        fit = (again - z).abs().mean() < 0.1 * latents.stats["var"].mean().sqrt()
+    if not fit:
+        raise InputError(f"{folder} does not hold the latents of the images in {data_path}, one for each and "
+                         "in order: give the folder that they were made from")
+    return latents, images, encoder
 
 
 def parse_args(argv=None):
@@ -87,8 +97,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device, *_ = launch()
-    latents, images = open_pairs(args.data_path, args.latents)
-    encoder = encoder_of(args.latents).to(device) if args.feature_weight else None
+    latents, images, encoder = open_pairs(args.data_path, args.latents, device, args.feature_weight > 0)
     kept_out = HELD_OUT if len(latents) >= 2 * HELD_OUT else len(latents) // 4
     spread = latents.stats["var"].mean().sqrt().item()
     g = generator("cpu", args.seed, "decoder", "held out")

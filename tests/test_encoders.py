@@ -271,7 +271,7 @@ def test_given_latents_train_a_teacher(tmp_path):
             "other work": lambda: write_latents(tmp_path / "a", z + 1, y, ["x", "y", "z"], "an autoencoder", shard_size=4),
             "not finite in float16, from number 0 on": lambda: write_latents(tmp_path / "c", 1e6 * z, y),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
-            "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a")}.items():
+            "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():
         with pytest.raises(InputError, match=complaint):
             call()
         let_go()

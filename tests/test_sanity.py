@@ -370,7 +370,8 @@ def test_plot_logs(tmp_path):
 # ---- random data of the real shapes ------------------------------------------------------------------------------------
 def test_synthetic_data_train_every_stage(tmp_path):
     """And leave their logs alone, whose numbers are not all 0."""
-    synthetic.write_latents(tmp_path / "latents", (12, 4, 4), 5, 40, 64, shard_size=16)
+    latents = synthetic.random_latents(40, (12, 4, 4))
+    encode_latents.write_latents(tmp_path / "latents", latents, [i % 5 for i in range(40)], shard_size=16)
     latents = encode_latents.Latents(tmp_path / "latents")
     z, y = latents.read([0, 17, 39])
     assert len(latents) == 40 and y.tolist() == [0, 2, 4] and abs(z.float().std() - 1) < 0.1
