@@ -540,6 +540,8 @@ def encode(images, encoder, out, flips=False, batch_size=64, workers=1, shard_si
     encoder.to(device).eval()
     for (k, rows), (x, y) in zip(plan, progress(batches, len(plan), "batches"), strict=True):
         z = encoder(x.to(device)).half() if len(x) else torch.empty(0, *encoder.shape).half()
+        if z.shape[1:] != tuple(encoder.shape):
+            raise InputError(f"the encoder gives {tuple(z.shape[1:])}, and its shape is {encoder.shape}")
         if not z.isfinite().all():
             raise InputError(f"latents of {images.paths[rows[0] % len(images)]}, or of the {len(rows) - 1} "
                              "after it, are not finite in float16: look at the encoder's weights")
@@ -564,6 +566,10 @@ def write_latents(out, latents, labels, classes=None, made_by="given", shard_siz
         return (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))).cpu().half()
     out, labels = Path(out), torch.as_tensor(list(labels))
     classes = [str(name) for name in classes or range(int(labels.max()) + 1)]
+    if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or len(latents) != len(labels):
+        raise InputError(f"latents {tuple(latents.shape)}, {len(labels)} labels: give (N, C, G, G), and N")
+    if set(labels.tolist()) != set(range(len(classes))):
+        raise InputError(f"{len(classes)} classes: give labels from 0 to {len(classes) - 1}, each of them")
     shards = range(math.ceil(len(labels) / shard_size))
     contents = [digest_of({"": block(k)}) for k in shards]
     about = {

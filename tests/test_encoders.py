@@ -1,5 +1,6 @@
 """Every kind of encoder: against a forward pass from its own layers; a module of one's own; latents that were given."""
 import json
+import re
 
 import numpy
 import pytest
@@ -219,6 +220,10 @@ def test_latents_of_ones_own_encoder(mine, capsys):
     with pytest.raises(InputError, match="other work .sha256: means of 4 x 4 pixels there, another now"):
         encode(images, other, mine / "latents", flips=True, shard_size=50)
     let_go()
+    other.shape = (3, 2, 2)
+    with pytest.raises(InputError, match="the encoder gives .3, 4, 4., and its shape is .3, 2, 2."):
+        encode(images, other, mine / "other")
+    let_go()
     encode_latents.main(["--verify", f"--out={mine}/latents"])
 
 
@@ -270,8 +275,29 @@ def test_given_latents_train_a_teacher(tmp_path):
     for complaint, call in {
             "other work": lambda: write_latents(tmp_path / "a", z + 1, y, ["x", "y", "z"], "an autoencoder", shard_size=4),
             "not finite in float16, from number 0 on": lambda: write_latents(tmp_path / "c", 1e6 * z, y),
+            "latents .10, 4, 32, 32., 9 labels": lambda: write_latents(tmp_path / "d", z, y[:9]),
+            "latents .10, 4, 32, 31., 10 labels": lambda: write_latents(tmp_path / "d", z[..., :31], y),
+            "3 classes: give labels from 0 to 2, each": lambda: write_latents(tmp_path / "d", z, 2 * (y > 0)),
+            "2 classes: give labels from 0 to 1, each": lambda: write_latents(tmp_path / "d", z, y, ["a", "b"]),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
             "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():
         with pytest.raises(InputError, match=complaint):
             call()
         let_go()
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_lines_of_the_page(tmp_path, monkeypatch):
+    """docs/DATA.md's two programs, as they stand there."""
+    page = (runs.ROOT / "docs/DATA.md").read_text()
+    own, given = (block for block in re.findall(r"```\n(.*?)```", page, flags=re.S) if block.startswith("from encode_latents"))
+    monkeypatch.chdir(tmp_path)
+    random_images(tmp_path / "my_images", classes=2, each=3)
+    exec(own, {"torch": torch})
+    let_go()
+    assert Latents("data/latents").about["encoder"]["id"] == "Mine" and len(Latents("data/latents")) == 6
+    (tmp_path / "data").rename("before")
+    numpy.save("latents.npy", numpy.zeros((4, 4, 32, 32)))
+    exec(given, {"numpy": numpy, "labels": [0, 1, 1, 0]})
+    let_go()
+    assert Latents("data/latents").classes == ["cat", "dog"]
