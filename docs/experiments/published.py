@@ -9,6 +9,8 @@ embedding  the new embedding of t - s starts with torch's random weights, so tha
            as its teacher
 times      CMT calls the points of a trajectory by evenly spaced times, though the solver went along the
            shifted grid
+direction  not published: the derivative goes along the student's own velocity h(z_t, t, y, t), whatever w is
+           (as a direction the one-point velocity is noisy, arXiv 2605.09235)
 """
 import importlib
 import sys
@@ -52,11 +54,22 @@ def even_times(pool):
     pool.__init__ = relabelling
 
 
+def along_the_student(stage):
+    derivative = stage.transport_derivative
+
+    def along(h, z, t, y, s, w, *args):
+        with torch.no_grad():
+            w = h(z, t, y, t).to(w)
+        return derivative(h, z, t, y, s, w, *args)
+    stage.transport_derivative = along
+
+
 if __name__ == "__main__":
     ingredients, script = sys.argv[1].split(","), Path(sys.argv[2])
     stage = importlib.import_module(script.stem)
     for name in ingredients:
         {"labels": drop_labels, "embedding": random_embedding,
-         "times": lambda: even_times(stage.TrajectoryPool)}[name]()
+         "times": lambda: even_times(stage.TrajectoryPool),
+         "direction": lambda: along_the_student(stage)}[name]()
     sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]        # for run.json's record of the command
     command(stage.main)

@@ -166,6 +166,8 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
               also={"MFD, step 0": ("{run}/cmt", "--nfe 1")}
               | {f"{name}, step {k}": (f"{{exp}}/{name}/state_{k:08d}.safetensors", "--nfe 1")
                  for name, each, steps in (("MFD", 290, 1450), ("MeanFlow", 520, 3120)) for k in range(each, steps, each)}),
+    "k-direction": dict(arms={name: distill("--eta 0", ingredients=ingredients)
+                              for name, ingredients in (("MFT", ""), ("MFT, direction h", "direction"))}),
     "k-long": dict(first=[RANDOM], arms={"MeanFlow, twice": [f"{MEANFLOW} --lr {MEANFLOW_RATE} --steps 6240"]}),
 }
 
