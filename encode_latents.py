@@ -274,14 +274,16 @@ def read_ahead(read, batches, threads):
 
 
 # ---- The encoder -------------------------------------------------------------------------------------------
-# transformers' vision towers: the class, and its last LayerNorm. SigLIP 2 of fixed size comes in SigLIP's.
+# transformers' vision towers: the class, its last LayerNorm, the published mean and std of its pixels.
+# SigLIP 2 of fixed size comes in SigLIP's classes.
+IMAGENET, HALF = [list(IMAGE_MEAN), list(IMAGE_STD)], [[0.5] * 3, [0.5] * 3]
 TOWERS = {
-    "dinov2": ("Dinov2Model", "layernorm"),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", "layernorm"),
-    "dinov3_vit": ("DINOv3ViTModel", "norm"),
-    "siglip": ("SiglipVisionModel", "post_layernorm"),
-    "siglip_vision_model": ("SiglipVisionModel", "post_layernorm"),
-    "vit_mae": ("ViTMAEModel", "layernorm")}
+    "dinov2": ("Dinov2Model", "layernorm", IMAGENET),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "layernorm", IMAGENET),
+    "dinov3_vit": ("DINOv3ViTModel", "norm", IMAGENET),
+    "siglip": ("SiglipVisionModel", "post_layernorm", HALF),
+    "siglip_vision_model": ("SiglipVisionModel", "post_layernorm", HALF),
+    "vit_mae": ("ViTMAEModel", "layernorm", IMAGENET)}
 
 
 class Encoder(nn.Module):
@@ -334,16 +336,15 @@ class Encoder(nn.Module):
 def load_tower(source):
     """-> a tower of TOWERS, its last LayerNorm without affine part; its kind; its pixels' [mean, std]."""
     import transformers
-    from transformers.utils import cached_file, logging
+    from transformers.utils import logging
     logging.disable_progress_bar()
+    logging.set_verbosity_error()                 # it lists a text tower's weights, which are not wanted
     try:
         kind = transformers.PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-        name, norm = TOWERS.get(kind, (None, None))
+        name, norm, image_norm = TOWERS.get(kind, (None, None, None))
         if name:
             net, notes = getattr(transformers, name).from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True)
-            pixels = cached_file(
-                source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     except Exception as error:                    # transformers raises a dozen kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"no encoder {source} ({reason}): give a folder or Hub id; "
@@ -351,13 +352,34 @@ def load_tower(source):
     if not name or notes["missing_keys"]:
         found = "lacks weights" if name else f"is of model_type {kind}"
         raise InputError(f"{source} {found}: an encoder is one of {', '.join(TOWERS)}")
-    said = read_json(pixels) if pixels else {}
-    if "image_mean" not in said:
-        say(f"{source} has no preprocessor_config.json with image_mean: ImageNet's are taken")
-    image_norm = [list(said.get("image_mean", IMAGE_MEAN)), list(said.get("image_std", IMAGE_STD))]
+    if net.config.num_channels != 3 or not isinstance(net.config.patch_size, int):
+        raise InputError(f"{source} does not see square patches of three colours")
     eps = net.get_submodule(norm).eps
     net.set_submodule(norm, nn.LayerNorm(net.config.hidden_size, eps, elementwise_affine=False))
-    return net, kind, image_norm
+    return net, kind, read_image_norm(source, image_norm)
+
+
+def read_image_norm(source, default):
+    """[mean, std] of an encoder's pixels by its preprocessor's file; `default` where there is none (said)."""
+    from transformers.utils import cached_file
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        said = read_json(path) if path else {}
+        said = said.get("image_processor", said)
+        if "image_mean" in said:
+            break
+    else:
+        say(f"{source} has no preprocessor_config.json with image_mean: {default}, as published")
+        return default
+    try:
+        mean, std = x = torch.tensor([said["image_mean"], said["image_std"]])
+        fits = x.shape == (2, 3) and x.isfinite().all() and (std > 0).all() and said.get("do_normalize", True)
+        fits = fits and abs(255 * said.get("rescale_factor", 1 / 255) - 1) < 0.01
+    except (LookupError, ValueError, TypeError, RuntimeError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path}: image_mean and image_std must be of R, G, B in [0, 1], and be applied")
+    return [said["image_mean"], said["image_std"]]
 
 
 # ---- The format's readers ----------------------------------------------------------------------------------
@@ -504,24 +526,26 @@ def encode(images, encoder, out, flips=False, batch_size=64, workers=1, shard_si
     `shape` (C, G, G) and `digest`, a text that changes when its latents do: a hash of its weights, say.
     InputError: `out` holds other work, or lies within the images; latents that are not finite in float16."""
     device, rank, world = launch(hours=24)
-    out = Path(out)
+    out, shape = Path(out), list(map(int, encoder.shape))
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise InputError(f"the encoder's shape is {shape}, and must be (C, G, G)")
     if images.path.is_dir() and images.path.resolve() in out.resolve().parents:
         raise InputError(f"--out {out} lies within the images: give one elsewhere")
-    if isinstance(encoder, Encoder):
+    if type(encoder) is Encoder:
         made_by = {**encoder.about, "from_here": os.path.relpath(encoder.about["id"], out)}
     else:
-        identity = {"sha256": encoder.digest, "image_size": images.image_size}
+        identity = {"sha256": str(encoder.digest), "image_size": images.image_size}
         made_by = {"id": type(encoder).__name__, "identity": identity}
     total = len(images) * (1 + flips)
     shards = {i // shard_size: range(i, min(i + shard_size, total)) for i in range(0, total, shard_size)}
     about = {
-        "data": images.path.resolve().name, "shape": encoder.shape, "shards": len(shards),
+        "data": images.path.resolve().name, "shape": shape, "shards": len(shards),
         "encoder": made_by, "classes": images.classes,
         "identity": {"images": images.sha256, "flips": flips, "shard_size": shard_size,
                      **made_by["identity"]}}
     if rank == 0:
         say(f"{len(images):,} images in {len(images.classes)} classes, on {world} x {device.type}: "
-            f"{total * math.prod(encoder.shape) * 2 / 1e9:,.2f} GB of latents in {out}")
+            f"{total * math.prod(shape) * 2 / 1e9:,.2f} GB of latents in {out}")
         begin(out, about)
     barrier()
 
@@ -539,9 +563,9 @@ def encode(images, encoder, out, flips=False, batch_size=64, workers=1, shard_si
     parts, batches = [], read_ahead(images.read, [rows for _, rows in plan], workers)
     encoder.to(device).eval()
     for (k, rows), (x, y) in zip(plan, progress(batches, len(plan), "batches"), strict=True):
-        z = encoder(x.to(device)).half() if len(x) else torch.empty(0, *encoder.shape).half()
-        if z.shape[1:] != tuple(encoder.shape):
-            raise InputError(f"the encoder gives {tuple(z.shape[1:])}, and its shape is {encoder.shape}")
+        z = encoder(x.to(device)).half() if len(x) else torch.empty(0, *shape).half()
+        if list(z.shape) != [len(x), *shape]:
+            raise InputError(f"of {len(x)} images the encoder makes {list(z.shape)}; its shape is {shape}")
         if not z.isfinite().all():
             raise InputError(f"latents of {images.paths[rows[0] % len(images)]}, or of the {len(rows) - 1} "
                              "after it, are not finite in float16: look at the encoder's weights")
@@ -563,9 +587,15 @@ def write_latents(out, latents, labels, classes=None, made_by="given", shard_siz
     made_by: what made them. InputError: as of `encode`."""
     def block(k):
         x = latents[k * shard_size:(k + 1) * shard_size]
-        return (x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))).cpu().half()
-    out, labels = Path(out), torch.as_tensor(list(labels))
-    classes = [str(name) for name in classes or range(int(labels.max()) + 1)]
+        x = x.detach().cpu() if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x, np.float32))
+        if not x.half().isfinite().all():
+            raise InputError(f"some latents are not finite in float16, from number {k * shard_size} on")
+        return x.half()
+    out, labels = Path(out), torch.tensor(getattr(labels, "tolist", lambda: list(labels))())
+    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        raise InputError(f"labels {list(labels.shape)} of {labels.dtype}: give (N,) integers")
+    labels = labels.long()
+    classes = [str(name) for name in (range(int(labels.max()) + 1) if classes is None else classes)]
     if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or len(latents) != len(labels):
         raise InputError(f"latents {tuple(latents.shape)}, {len(labels)} labels: give (N, C, G, G), and N")
     if set(labels.tolist()) != set(range(len(classes))):
@@ -573,15 +603,12 @@ def write_latents(out, latents, labels, classes=None, made_by="given", shard_siz
     shards = range(math.ceil(len(labels) / shard_size))
     contents = [digest_of({"": block(k)}) for k in shards]
     about = {
-        "data": made_by, "shape": list(latents.shape[1:]), "shards": len(shards),
-        "encoder": {"id": made_by, "identity": {}}, "classes": classes,
+        "data": str(made_by), "shape": list(latents.shape[1:]), "shards": len(shards),
+        "encoder": {"id": str(made_by), "identity": {}}, "classes": classes,
         "identity": {"latents": sha256([contents, labels.tolist(), classes]), "shard_size": shard_size}}
     begin(out, about)
     for k in shards:
-        z, y = block(k), labels[k * shard_size:(k + 1) * shard_size]
-        if not z.isfinite().all():
-            raise InputError(f"some latents are not finite in float16, from number {k * shard_size} on")
-        write_shard(out, k, z, y, about)
+        write_shard(out, k, block(k), labels[k * shard_size:(k + 1) * shard_size], about)
     finish(out, about)
 
 

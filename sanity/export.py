@@ -48,6 +48,9 @@ def autoencoder(decoder, stats, encoder):
         raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2 "
                          "with registers, heads of 64 channels, positions for 518 px, and latents "
                          f"{decoder.shape}")
+    if [list(x) for x in decoder.image_norm] != encoder.about["identity"]["image_norm"]:
+        raise InputError("AutoencoderRAE has one mean and std of pixels: the encoder's are "
+                         f"{encoder.about['identity']['image_norm']}, the decoder's {decoder.image_norm}")
     grid = decoder.shape[1]
     if grid != 16:
         say(f"warning: at {grid} x {grid} tokens AutoencoderRAE of diffusers 0.42 uses other positions than "

@@ -408,12 +408,12 @@ def main(argv=None):
     folder = args.latents or run / "latents"
     latents = Latents(folder)
     about = latents.about["encoder"]
+    encoder = encoder_of(folder).to(device)
     size = about["identity"]["image_size"]
     train = Images(data / "train" if whole else data, size)
     held_out = Images(args.held_out or data / "held-out", size)
     if not train.classes == held_out.classes == latents.classes:
         raise InputError(f"{train.path}, {held_out.path} and the latents must have the same classes")
-    encoder = encoder_of(folder).to(device)
     decoder = load_decoder(args.decoder or run / "decoder")[0].to(device).eval()
     if decoder.shape != encoder.shape:
         raise InputError(f"the decoder takes latents {decoder.shape}, the encoder makes {encoder.shape}")

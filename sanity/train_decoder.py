@@ -59,8 +59,12 @@ def open_pairs(data_path, folder, device, needs_encoder=True):
     encoder = encoder_of(folder).to(device) if needs_encoder or "kind" in made else None
     if len(latents) < 64:
         raise InputError(f"{len(latents)} images are too few to learn and to measure: give at least 64")
+    if images.image_size % latents.shape[1]:
+        raise InputError(f"images of {images.image_size} px do not divide into {latents.shape[1]} tokens")
     fit = torch.equal(images.labels.repeat(1 + made["flips"]), latents.labels)
-    if fit and encoder:
+    if not encoder:                               # then names must do
+        fit = fit and images.sha256 == made["images"]
+    elif fit:
         few = list(range(0, len(latents), math.ceil(len(latents) / 16)))
         with torch.no_grad():
             z = latents.read(few)[0].to(device)

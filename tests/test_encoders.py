@@ -18,7 +18,7 @@ import sample
 import train_teacher
 from encode_latents import Encoder, Images, Latents, TrainingData, encode, write_latents
 from model import InputError
-from sanity import export, train_decoder
+from sanity import export, report, train_decoder
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, patch_size=4, image_size=16)
 REGISTERS = dict(num_register_tokens=3)
@@ -112,10 +112,26 @@ def test_pixels_are_part_of_what_latents_are(tmp_path, capsys):
     save(tmp_path / "b", "siglip", None)
     a, b = Encoder(tmp_path / "a", 16, 16), Encoder(tmp_path / "b", 16, 16)
     said = capsys.readouterr().out
-    assert f"{tmp_path}/b has no preprocessor_config.json with image_mean: ImageNet's are taken" in said and f"{tmp_path}/a" not in said
-    assert b.about["identity"]["image_norm"] == [list(model.IMAGE_MEAN), list(model.IMAGE_STD)]
-    differ = {k for k, v in a.about["identity"].items() if v != b.about["identity"][k]}
-    assert differ == {"image_norm"}
+    assert f"{tmp_path}/b has no preprocessor_config.json with image_mean: [[0.5" in said and f"{tmp_path}/a" not in said
+    assert a.about["identity"] == b.about["identity"]         # SigLIP's, as published
+    save(tmp_path / "c", "vit_mae", None)
+    assert Encoder(tmp_path / "c", 16, 16).about["identity"]["image_norm"] == [list(model.IMAGE_MEAN), list(model.IMAGE_STD)]
+    # As SiglipProcessor saves it, beside a tokenizer.
+    (tmp_path / "b/processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": NORM[0], "image_std": NORM[1]}}))
+    b = Encoder(tmp_path / "b", 16, 16)
+    assert {k for k, v in a.about["identity"].items() if v != b.about["identity"][k]} == {"image_norm"}
+
+
+@pytest.mark.parametrize("said", [
+    {"image_mean": None, "image_std": None}, {"image_mean": 0.5, "image_std": 0.5}, {"image_mean": [0.5] * 2, "image_std": [0.5] * 2},
+    {"image_mean": [0.5] * 3}, {"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, {"image_mean": ["a"] * 3, "image_std": [1] * 3},
+    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": False},
+    {"image_mean": [127.5] * 3, "image_std": [127.5] * 3, "rescale_factor": 1.0}])
+def test_pixels_that_nobody_can_read(tmp_path, said):
+    save(tmp_path, "dinov2", None)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="preprocessor_config.json: image_mean and image_std must be"):
+        Encoder(tmp_path, 16, 16)
 
 
 def test_sizes_are_raes(tmp_path):
@@ -220,10 +236,13 @@ def test_latents_of_ones_own_encoder(mine, capsys):
     with pytest.raises(InputError, match="other work .sha256: means of 4 x 4 pixels there, another now"):
         encode(images, other, mine / "latents", flips=True, shard_size=50)
     let_go()
-    other.shape = (3, 2, 2)
-    with pytest.raises(InputError, match="the encoder gives .3, 4, 4., and its shape is .3, 2, 2."):
-        encode(images, other, mine / "other")
-    let_go()
+    for shape, forward, complaint in (((3, 2, 2), other.forward, r"makes \[64, 3, 4, 4\]; its shape is \[3, 2, 2\]"),
+                                      ((3, 4, 4), lambda x: Mine()(x)[::2], r"of 64 images the encoder makes \[32, 3, 4, 4\]"),
+                                      ((3, 4, 2), other.forward, "must be .C, G, G.")):
+        other.shape, other.forward = shape, forward
+        with pytest.raises(InputError, match=complaint):
+            encode(images, other, mine / "other")
+        let_go()
     encode_latents.main(["--verify", f"--out={mine}/latents"])
 
 
@@ -246,7 +265,35 @@ def test_what_they_cannot_do_is_one_line(mine, tmp_path):
     with pytest.raises(InputError, match=line):
         train_decoder.main([f"--data-path={mine}/images", f"--latents={mine}/latents", f"--out={tmp_path}/decoder"])
     with pytest.raises(InputError, match=line):
+        report.main(["--run", str(mine), "--data", str(mine / "images"), "--held-out", str(mine / "images"),
+                     "--latents", f"{mine}/latents", "--samples", "x=y.npz:1"])
+    with pytest.raises(InputError, match=line):
         eval_fid.main([f"{mine}/images", f"--reference={mine}/images", f"--features=encoder:{mine}/latents"])
+
+
+def test_a_subclass_is_ones_own(tmp_path):
+    """Its latents are not those of the encoder that it began with."""
+    class Thrice(Encoder):
+        digest = "three times"
+
+        def forward(self, images):
+            return 3 * super().forward(images)
+    save(tmp_path / "encoder", "dinov2")
+    random_images(tmp_path / "images", each=3)
+    encode(Images(tmp_path / "images", 16), Thrice(tmp_path / "encoder", 16, 16), tmp_path / "latents")
+    let_go()
+    assert Latents(tmp_path / "latents").about["encoder"]["id"] == "Thrice"
+    with pytest.raises(InputError, match="is by Thrice, which is no --encoder"):
+        TrainingData(tmp_path / "latents", tmp_path / "images")
+
+
+def test_a_decoder_for_ones_own_wants_the_same_images(mine, tmp_path):
+    random_images(tmp_path / "images", each=24)
+    (tmp_path / "images/class0/000.png").rename(tmp_path / "images/class0/other.png")
+    argv = [f"--latents={mine}/latents", f"--out={tmp_path}/decoder", "--feature-weight=0"]
+    with pytest.raises(InputError, match="does not hold the latents of the images"):
+        train_decoder.main([f"--data-path={tmp_path}/images", *argv])
+    assert not (tmp_path / "decoder").exists()
 
 
 # ---- Latents that exist ------------------------------------------------------------------------------------------------
@@ -278,13 +325,20 @@ def test_given_latents_train_a_teacher(tmp_path):
             "latents .10, 4, 32, 32., 9 labels": lambda: write_latents(tmp_path / "d", z, y[:9]),
             "latents .10, 4, 32, 31., 10 labels": lambda: write_latents(tmp_path / "d", z[..., :31], y),
             "3 classes: give labels from 0 to 2, each": lambda: write_latents(tmp_path / "d", z, 2 * (y > 0)),
+            "labels .10. of torch.float32: give": lambda: write_latents(tmp_path / "d", z, y + 0.5),
+            "labels .10, 1. of torch.int64: give": lambda: write_latents(tmp_path / "d", z, y[:, None]),
+            "labels .0. of torch.float32: give": lambda: write_latents(tmp_path / "d", z[:0], []),
             "2 classes: give labels from 0 to 1, each": lambda: write_latents(tmp_path / "d", z, y, ["a", "b"]),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
             "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():
         with pytest.raises(InputError, match=complaint):
             call()
         let_go()
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+    for labels in (y.astype(numpy.int32), y.astype(numpy.uint8), torch.from_numpy(y).int()):
+        write_latents(tmp_path / "a", torch.from_numpy(z).requires_grad_(), labels, numpy.array(["x", "y", "z"]), "an autoencoder",
+                      shard_size=4)
+        let_go()
 
 
 def test_the_lines_of_the_page(tmp_path, monkeypatch):
