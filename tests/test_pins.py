@@ -163,8 +163,9 @@ def test_precision_sees_evenly_spread_reference_images(tmp_path):
 
 
 # ---- What 93 single changes of the code showed to be held by no test -------------------------------------------------
-def test_the_rate_is_constant_until_decay_from(home, tmp_path):
-    train(home, "teacher", tmp_path, "--steps", "8", "--decay-from", "0.5", "--lr-final", "1e-4")
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_rate_is_constant_until_decay_from(home, tmp_path, stage):
+    train(home, stage, tmp_path, "--steps", "8", "--decay-from", "0.5", "--lr-final", "1e-4")
     rates = [line["lr"] for line in log(tmp_path)]
     assert rates == pytest.approx(5 * [1e-3] + [7e-4, 4e-4, 1e-4])
 
