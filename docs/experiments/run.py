@@ -114,7 +114,7 @@ BEFORE_MFD, EACH_MFD, EACH_MEANFLOW = 2600 * 32 * 3 + 250 * 32 * 4, 64 * 4.5, 64
 RANDOM = f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"
 MEANFLOW = (f"{MFT} --init {{exp}}/random --out {{out}} --steps 3120 --lr-final 5e-5 --decay-from 0.4 --ema 0.998 "
             "--save-every 520 --keep-every 520")
-MEANFLOW_RATE = "2e-3"                                                                            # the better one in k-rates
+MEANFLOW_RATE, MFD_RATE = "2e-3", "8e-4"                                                          # the better ones in k-rates
 TEACHERS = (300, 800, 2600, 6000)                                                                 # f: steps of their training
 SOLVERS = [(solver, steps) for solver in ("euler", "heun") for steps in (2, 4, 8, 16, 32)]
 EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the last one's --out is sampled}; nfe: evaluations
@@ -162,7 +162,7 @@ EXPERIMENTS = {   # first: commands before the arms; arms: {name: commands, the 
         "MeanFlow, published weight, lr 7e-4": [f"{MEANFLOW} --lr 7e-4 {PUBLISHED_WEIGHT}"],
         "MFD, lr 4e-4": distill(), "MFD, lr 8e-4": distill("--lr 8e-4")}),
     "k": dict(first=[RANDOM], arms={"MeanFlow": [f"{MEANFLOW} --lr {MEANFLOW_RATE}"],
-                                    "MFD": distill("--save-every 290 --keep-every 290")},
+                                    "MFD": distill(f"--lr {MFD_RATE} --save-every 290 --keep-every 290")},
               also={"MFD, step 0": ("{run}/cmt", "--nfe 1")}
               | {f"{name}, step {k}": (f"{{exp}}/{name}/state_{k:08d}.safetensors", "--nfe 1")
                  for name, each, steps in (("MFD", 290, 1450), ("MeanFlow", 520, 3120)) for k in range(each, steps, each)}),
