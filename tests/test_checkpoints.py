@@ -1,5 +1,6 @@
 """Checkpoints as other trainers save them: prefixes of names, more than weights, pickles; and the Hub that does not answer."""
 import argparse
+import math
 
 import pytest
 import torch
@@ -53,3 +54,13 @@ def test_a_mistyped_path_is_said_before_the_hub_is_asked(monkeypatch, capsys):
     with pytest.raises(model.InputError, match="neither here nor could it be had from the Hub .no answer."):
         model.load_network("run/teacher")
     assert "run/teacher is not here: asking" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("which", ["net", "average"])
+def test_what_is_not_finite_is_not_saved(tmp_path, which):
+    """The average, too: one overflow of the weights stays in it."""
+    nets = {name: torch.nn.Linear(2, 2) for name in ("net", "average")}
+    nets[which].weight.data[0, 0] = math.inf
+    with pytest.raises(model.InputError, match="weights are not finite at step 7; not saved"):
+        model.save_state({"settings": {"out": tmp_path}, "stats": {}}, 7, 0.0, *nets.values(), torch.optim.AdamW(nets["net"].parameters()))
+    assert not list(tmp_path.iterdir())

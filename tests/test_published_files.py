@@ -277,6 +277,14 @@ def test_equal_to_diffusers(autoencoder):
     assert (other - pixels).norm() < 1e-5 * pixels.norm()
 
 
+def test_one_mean_and_std_for_both(autoencoder, monkeypatch):
+    """That class has one for encoder and decoder: others than the encoder's are refused."""
+    _, encoder, decoder, stats = autoencoder
+    monkeypatch.setattr(decoder, "image_norm", [[0.5] * 3, [0.5] * 3])
+    with pytest.raises(model.InputError, match="AutoencoderRAE has one mean and std of pixels"):
+        export.autoencoder(decoder, stats, encoder)
+
+
 DECODE = """
 from diffusers import AutoencoderRAE
 
