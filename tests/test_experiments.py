@@ -150,3 +150,10 @@ def test_headlines():
     encoder, classifier = (h["MFD, NFE 1"][space] / h["teacher, heun, NFE 50"][space] for space in ("encoder", "classifier"))
     assert f"{100 * (encoder - 1):.0f}% farther" in first_line("h-evaluations")
     assert f"{100 * (1 - classifier):.0f}% nearer" in first_line("h-evaluations")
+    k = [rows(f"k-{seed}") for seed in range(3)]
+    page = (run.ROOT / "docs/experiments/k-vanilla.md").read_text()
+    for space in ("encoder", "classifier"):
+        one, two, three = (row["MeanFlow"][space] / row["MFD"][space] for row in k)
+        assert f"{one:.2f}, {two:.2f} and {three:.2f} times" in page
+    assert all(row["MeanFlow"]["accuracy"] < row["MFD"]["accuracy"] for row in k)
+    assert [row["MeanFlow"]["norm"] > 1e5 for row in k].count(True) == 1 and "one seed of three it explodes" in first_line("k-vanilla")
