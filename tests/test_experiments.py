@@ -157,3 +157,11 @@ def test_headlines():
         assert f"{one:.2f}, {two:.2f} and {three:.2f} times" in page
     assert all(row["MeanFlow"]["accuracy"] < row["MFD"]["accuracy"] for row in k)
     assert [row["MeanFlow"]["norm"] > 1e5 for row in k].count(True) == 1 and "one seed of three it explodes" in first_line("k-vanilla")
+    found = {(row["student"], row["rows"], row["target"]): row["variance"] for row in rows("l-0")}
+
+    def whole(student, target, jumps=None):       # of 48 and 16 rows, by the variances of 64
+        return 0.75 ** 2 * found[student, "s = t", target] * 64 / 48 + 0.25 ** 2 * found[student, "s < t", jumps or target] * 64 / 16
+    shares = [(whole(x, "MFT") - whole(x, "MFT", "MFT, direction v")) / (whole(x, "MFT") - whole(x, "MFD")) for x in ("CMT", "middle", "end")]
+    ratios = [whole(x, "MFT") / whole(x, "MFD") for x in ("CMT", "middle", "end")]
+    assert f"{100 * min(shares):.0f} to {100 * max(shares):.0f}% of the excess" in first_line("l-gradient-variance")
+    assert f"{min(ratios):.0f} to {max(ratios):.0f} times MFD's variance" in first_line("l-gradient-variance")
