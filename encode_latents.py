@@ -372,8 +372,9 @@ def read_image_norm(source, default):
         say(f"{source} has no preprocessor_config.json with image_mean: {default}, as published")
         return default
     try:
-        mean, std = x = torch.tensor([said["image_mean"], said["image_std"]])
-        fits = x.shape == (2, 3) and x.isfinite().all() and (std > 0).all() and said.get("do_normalize", True)
+        x = torch.tensor([said["image_mean"], said["image_std"]])
+        fits = x.shape == (2, 3) and x.isfinite().all() and (x[1] > 0).all()
+        fits = fits and said.get("do_normalize", True)
         fits = fits and abs(255 * said.get("rescale_factor", 1 / 255) - 1) < 0.01
     except (LookupError, ValueError, TypeError, RuntimeError):
         fits = False
