@@ -87,7 +87,7 @@ def adm_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size]
 
 
-# ---- Folders and archives: one walk for both ---------------------------------------------------------------
+# ---- Folders and archives ----------------------------------------------------------------------------------
 SYSTEM = ("@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information",
           "__macosx")
 SPLITS = ("train", "val", "valid", "validation", "test", "held-out")
@@ -97,35 +97,30 @@ def is_hidden(name):
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def list_folder(path, left_out):
-    """{name: name} of what lies under a folder; folders end in "/". Links are followed, to each folder once;
-    what is passed over is counted in `left_out`."""
+def list_folder(path):
+    """{name: name} of what lies under a folder; folders end in "/". Links lead to each folder once."""
     found, seen, waiting = {}, {os.path.realpath(path)}, [""]
     while waiting:
         inside = waiting.pop()
         for entry in os.scandir(Path(path, inside)):
             name = inside + entry.name
             if is_hidden(entry.name):
-                left_out["hidden or of the system"] += 1
-            elif entry.is_file():
+                continue
+            if entry.is_file():
                 found[name] = name
-            elif not entry.is_dir() or (place := os.path.realpath(entry)) in seen:
-                left_out["pipes, devices, or links to nothing new"] += 1
-            else:
+            elif entry.is_dir() and (place := os.path.realpath(entry)) not in seen:
                 seen.add(place)
                 found[f"{name}/"] = name
                 waiting.append(f"{name}/")
     return found
 
 
-def list_archive(archive, left_out):
+def list_archive(archive):
     """{name: entry} of a .zip, likewise; one folder around all of it is taken off."""
     found = {}
     for entry in archive.infolist():
         name = entry.filename.replace("\\", "/").removeprefix("./")         # Windows' tools write backslashes
-        if any(map(is_hidden, filter(None, name.split("/")))) or stat.S_ISLNK(entry.external_attr >> 16):
-            left_out["hidden or of the system, or links"] += 1
-        else:
+        if not any(map(is_hidden, name.split("/"))) and not stat.S_ISLNK(entry.external_attr >> 16):
             found[name] = entry.filename
     tops = {name.partition("/")[0] for name in found}
     if len(tops) == 1 and all("/" in name for name in found):
@@ -150,67 +145,39 @@ def label_by_folder(where, found, images):
     return folders or [Path(where).resolve().stem], {name: ids.get(of[name], 0) for name in images}
 
 
-def label_by_list(where, text, images):
-    """The same by dataset.json of StyleGAN's, EDM2's and REPA's tools: {"labels": [[name, id], ...]}; null
-    is one class. InputError: a file without a label, or a label without a file."""
-    try:
-        labels = dict(json.loads(text)["labels"] or [(name, 0) for name in images])
-        given = set(labels.values())
-        if any(type(i) is not int or i < 0 for i in given):
-            raise ValueError("a label is no whole number")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}/dataset.json holds no labels ({error}): mend or remove it") from error
-    if odd := sorted(labels.keys() ^ set(images)):
-        what = "has no label in dataset.json" if odd[0] in images else "of dataset.json is not there"
-        raise InputError(f"{where}: {odd[0]} {what} ({len(odd)} such)")
-    if max(given) >= len(given):
-        empty = next(i for i in range(len(given)) if i not in given)
-        raise InputError(f"{where}: dataset.json has no image of class {empty}, and some of {max(given)}")
-    return [str(i) for i in range(len(given))], labels
-
-
 class Images:
     """The images of a folder of class folders (nested at will), or of a .zip of one, which is read in place.
 
-    Class ids follow the sorted folder names (for ImageNet's wnids: the published ids), or dataset.json.
+    Class ids follow the sorted folder names (for ImageNet's wnids: the published ids).
     skip_bad: unreadable images stand in `skipped`, {index: why}. Attributes: `classes` (names), `paths`
     (sorted by class, then name), `labels` (N,) int64, `sha256` (of these; of a .zip's contents, too).
     An index >= N is the flipped copy of index - N. InputError: no images, an empty class, unreadable."""
 
     def __init__(self, path, image_size, skip_bad=False):
         self.path, self.image_size, self.zip = Path(path), image_size, None
-        self.skip_bad, self.skipped, left_out = skip_bad, {}, collections.Counter()
+        self.skip_bad, self.skipped = skip_bad, {}
         if self.path.is_dir():
-            found = list_folder(path, left_out)
+            self.entries = list_folder(path)
         else:
             try:
                 self.zip = zipfile.ZipFile(path)
             except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
                 raise InputError(f"{path} is no folder and no whole .zip ({error}): give a folder of class "
                                  "folders, or a .zip of one") from error
-            found = list_archive(self.zip, left_out)
-        images = [name for name in found if name.rpartition(".")[2].lower() in SUFFIXES]
-        others = [name for name in found if name and name[-1] != "/" and name != "dataset.json"]
-        for name in set(others) - set(images):
-            left_out[Path(name).suffix.lower() or "without a suffix"] += 1
-        if not images:
-            raise InputError(f"{path} holds no images ({' '.join(SUFFIXES)})")
-        self.entries = found
-        if "dataset.json" in found:
-            try:
-                with self.open("dataset.json") as file:
-                    text = file.read()
-            except (zipfile.BadZipFile, RuntimeError) as error:
-                raise InputError(f"{path}: its dataset.json cannot be read ({error})") from error
-            self.classes, ids = label_by_list(path, text, images)
-        else:
-            self.classes, ids = label_by_folder(path, found, images)
+            self.entries = list_archive(self.zip)
+        files = [name for name in self.entries if name and name[-1] != "/"]
+        images = [name for name in files if name.rpartition(".")[2].lower() in SUFFIXES]
+        if not images or "dataset.json" in files:
+            what = "labels in a dataset.json" if images else "no images"
+            raise InputError(f"{path} holds {what}: give class folders of images ({' '.join(SUFFIXES)})")
+        self.classes, ids = label_by_folder(path, self.entries, images)
         self.paths = sorted(images, key=lambda name: (ids[name], name))
         self.labels = torch.tensor([ids[name] for name in self.paths])
-        sums = [self.zip.getinfo(found[name]).CRC for name in self.paths] if self.zip else None
+        sums = [self.zip.getinfo(self.entries[name]).CRC for name in self.paths] if self.zip else None
         self.sha256 = sha256([self.classes, self.paths, self.labels.tolist(), sums])
-        if left_out:
-            say(f"{path}: left out: {', '.join(f'{n:,} {what}' for what, n in left_out.most_common())}")
+        others = (Path(name).suffix.lower() or "without a suffix" for name in set(files) - set(images))
+        if others := collections.Counter(others).most_common():
+            say(f"{path}: left out: {', '.join(f'{n:,} {what}' for what, n in others)}")
         if len(self.classes) == 1:
             say(f"{path}: all is one class, {self.classes[0]}")
 
@@ -592,14 +559,14 @@ def write_latents(out, latents, labels, classes=None, made_by="given", shard_siz
         if not x.half().isfinite().all():
             raise InputError(f"some latents are not finite in float16, from number {k * shard_size} on")
         return x.half()
-    out, labels = Path(out), torch.tensor(getattr(labels, "tolist", lambda: list(labels))())
-    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
-        raise InputError(f"labels {list(labels.shape)} of {labels.dtype}: give (N,) integers")
+    out, labels = Path(out), torch.as_tensor(labels).cpu()
+    fits = latents.ndim == 4 and latents.shape[2] == latents.shape[3] and latents.shape[:1] == labels.shape
+    if not fits or labels.is_floating_point() or not len(labels):
+        raise InputError(f"latents {[*latents.shape]}, labels {[*labels.shape]} of {labels.dtype}: give "
+                         "(N, C, G, G), and (N,) integers")
     labels = labels.long()
-    classes = [str(name) for name in (range(int(labels.max()) + 1) if classes is None else classes)]
-    if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or len(latents) != len(labels):
-        raise InputError(f"latents {tuple(latents.shape)}, {len(labels)} labels: give (N, C, G, G), and N")
-    if set(labels.tolist()) != set(range(len(classes))):
+    classes = list(map(str, range(int(labels.max()) + 1) if classes is None else classes))
+    if labels.unique().tolist() != list(range(len(classes))):
         raise InputError(f"{len(classes)} classes: give labels from 0 to {len(classes) - 1}, each of them")
     shards = range(math.ceil(len(labels) / shard_size))
     contents = [digest_of({"": block(k)}) for k in shards]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
 import zipfile
 import zlib
@@ -150,10 +149,12 @@ def saved(image, kind, **options):
     return file.getvalue()
 
 
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
 def deep_png(array):
     """A PNG of 16 bits per channel, by hand: Pillow writes none in colour."""
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     header = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -182,22 +183,18 @@ def odd_images():
     rgba, second = Image.fromarray(np.dstack([rgb, alpha])), Image.fromarray(255 - rgb)
     odd = {
         "rgb.png": (saved(image, "PNG"), rgb), "rgb.bmp": (saved(image, "BMP"), rgb),
-        "rgb.ppm": (saved(image, "PPM"), rgb), "rgb.tif": (saved(image, "TIFF"), rgb),
+        "rgb.ppm": (saved(image, "PPM"), rgb),
         "upper.JPEG": (jpeg, decoded(jpeg)), "a png.jpg": (saved(image, "PNG"), rgb),
-        "progressive.jpg": (saved(image, "JPEG", quality=90, progressive=True), decoded(jpeg)),
         "lossless.webp": (saved(image, "WEBP", lossless=True), rgb),
         "grey.png": (saved(Image.fromarray(grey), "PNG"), three(grey)),
-        "grey.jpg": (saved(Image.fromarray(grey), "JPEG"), decoded(saved(Image.fromarray(grey), "JPEG"))),
         "one bit.png": (saved(Image.fromarray(grey > 127), "PNG"), three(np.where(grey > 127, 255, 0))),
         "grey alpha.png": (saved(Image.fromarray(np.dstack([grey, alpha])), "PNG"),
                            (three(grey) * a + 255 * (1 - a)).round()),
         "palette.png": (saved(palette, "PNG"), shown), "palette.gif": (saved(palette, "GIF"), shown),
         "palette alpha.png": (saved(palette, "PNG", transparency=3), see_through),
         "palette alphas.png": (saved(palette, "PNG", transparency=bytes([255, 255, 255, 0])), see_through),
-        "palette alpha.gif": (saved(palette, "GIF", transparency=3), see_through),
         "key colour.png": (saved(image, "PNG", transparency=tuple(rgb[2, 3].tolist())), keyed),
         "rgba.png": (saved(rgba, "PNG"), on_white), "rgba.tif": (saved(rgba, "TIFF"), on_white),
-        "rgba.webp": (saved(rgba, "WEBP", lossless=True, exact=True), on_white),
         "cmyk.jpg": (cmyk, decoded(cmyk)), "cmyk.tif": (saved(image.convert("CMYK"), "TIFF"), rgb),
         "deep.png": (saved(Image.fromarray(deep), "PNG"), three(eight)),
         "deep.tif": (saved(Image.fromarray(deep), "TIFF"), three(eight)),
@@ -207,9 +204,6 @@ def odd_images():
         "deep colour.png": (deep_png(rgb * np.uint16(257)), rgb),
         "moving.gif": (saved(palette, "GIF", save_all=True, append_images=[second.quantize(16)]), shown),
         "moving.png": (saved(image, "PNG", save_all=True, append_images=[second]), rgb),
-        "moving.webp": (saved(image, "WEBP", save_all=True, append_images=[second], lossless=True), rgb),
-        "two pages.tif": (saved(image, "TIFF", save_all=True, append_images=[second]), rgb),
-        "bad exif.jpg": (jpeg[:2] + b"\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff" + jpeg[2:], decoded(jpeg)),
     }
     turns = {2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
              5: lambda x: x.transpose(1, 0, 2), 6: lambda x: x.transpose(1, 0, 2)[:, ::-1],
@@ -222,9 +216,9 @@ def odd_images():
     png[len(png) // 2] ^= 1
     webp, tif = saved(image, "WEBP"), saved(image, "TIFF")
     broken = {
-        "empty.png": b"", "text.jpg": b"<html>404</html>", "cut.jpg": jpeg[:len(jpeg) // 2], "head.jpg": jpeg[:30],
+        "empty.png": b"", "text.jpg": b"<html>404</html>", "cut.jpg": jpeg[:len(jpeg) // 2],
         "cut.png": saved(image, "PNG")[:900], "flipped bit.png": bytes(png), "cut.webp": webp[:len(webp) // 2],
-        "cut.tif": tif[:300], "cut.gif": saved(palette, "GIF")[:60], "cut.bmp": saved(image, "BMP")[:200],
+        "cut.tif": tif[:300],
         "float.tif": saved(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
         "32 bits.tif": saved(Image.fromarray(grey.astype(np.int32) << 20), "TIFF"),
         "signed.tif": saved(Image.fromarray(grey.astype(np.int32) - 128), "TIFF"),
@@ -253,13 +247,6 @@ def test_odd_and_broken_images(tmp_path):
         rounded = "rgba" in name or "alpha.png" in name
         assert np.abs(np.asarray(image).astype(int) - odd[name][1]).max() <= rounded, name
         assert np.array_equal(images.pixels(i), adm_crop(image, 16)), name
-
-
-def test_small_images_are_enlarged(tmp_path):
-    for name, size in (("a", (1, 1)), ("b", (300, 7)), ("c", (16, 16)), ("d", (17, 40))):
-        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
-    images, _ = Images(tmp_path, 16).read([0, 1, 2, 3])
-    assert images.shape == (4, 3, 16, 16) and (images == torch.tensor([255, 0, 0])[:, None, None]).all()
 
 
 def test_flipped_copies_and_threads(data):
@@ -309,70 +296,12 @@ def test_what_the_disk_refuses_is_no_bad_image(data, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The encoder
 # ----------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def test_encoder_is_dinov2_without_the_last_affine(tmp_path):
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-    torch.manual_seed(0)
-    net = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                                             image_size=56, patch_size=14)).eval()
-    for parameter in net.parameters():                        # all: zero registers or biases would hide mistakes
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    net.save_pretrained(tmp_path)
-    encoder = Encoder(tmp_path, 48)
-    images = torch.from_numpy(np.stack([picture(48, 48, seed) for seed in range(2)])).permute(0, 3, 1, 2)
-    x = torch.nn.functional.interpolate(images / 255, (42, 42), mode="bicubic", align_corners=False, antialias=False)
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    x = (x - mean) / std
-    tokens = net.encoder(net.embeddings(x)).last_hidden_state
-    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    wanted = tokens[:, 1 + 4:].reshape(2, 3, 3, 24).permute(0, 3, 1, 2)
-    z = encoder(images)
-    assert z.shape == (2, *encoder.shape) == (2, 24, 3, 3) and z.dtype == torch.float32
-    assert (z - wanted).abs().max() < 1e-4
-    assert torch.equal(z, encoder(images / 255))
-    assert (encoder.about["id"], encoder.about["untrained"]) == (str(tmp_path), False)
-    assert {k: v for k, v in encoder.about["identity"].items() if k != "sha256"} == {
-        "image_size": 48, "encoder_size": 42, "precision": "fp32", "num_attention_heads": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
-        "kind": "dinov2_with_registers", "image_norm": [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]}
-    assert (Encoder(tmp_path, 256).encoder_size, Encoder(tmp_path, 512).encoder_size) == (224, 448)
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    reduced = Encoder(tmp_path, 48, precision="bf16")(images)
-    assert reduced.dtype == torch.float32 and 1e-4 < (reduced - z).abs().max() < 0.5
-
-
 def test_encoders_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for arguments, complaint in (((tmp_path,), "is of model_type None"), ((tmp_path / "none",), "no encoder"),
                                  ((TINY, 40), "encoder-size"), ((TINY, 32, 30), "multiple of 8")):
         with pytest.raises(InputError, match=complaint):
             Encoder(*arguments)
-
-
-def test_random_encoder_depends_on_its_seed_alone_and_keeps_the_image():
-    state = torch.get_rng_state()
-    sizes = dict(width=48, depth=2, heads=4, patch=4)
-    encoder = Encoder(encoder_folder("a", **sizes, seed=0), 32, 32)
-    assert torch.equal(state, torch.get_rng_state())
-    torch.manual_seed(1)
-    identity = encoder.about["identity"]
-    assert identity == Encoder(encoder_folder("b", **sizes, seed=0), 32, 32).about["identity"]
-    assert identity["sha256"] != Encoder(encoder_folder("c", **sizes, seed=1), 32, 32).about["identity"]["sha256"]
-    assert encoder.about["untrained"]
-    images = torch.stack([torch.from_numpy(picture(32, 32, seed)) for seed in range(60)]).permute(0, 3, 1, 2) / 255
-    brightness = torch.linspace(0.2, 1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
-    images = images * brightness[:, None, None, None]         # a LayerNorm would lose it
-    z = encoder(images).flatten(2).transpose(1, 2)
-    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
-    z = torch.cat([z, torch.ones(*z.shape[:2], 1)], dim=2)
-    linear = torch.linalg.lstsq(z[:40].flatten(0, 1), patches[:40].flatten(0, 1)).solution
-    error = (z[40:] @ linear - patches[40:]).square().mean() / patches[40:].var()
-    assert error < 0.01                                       # 0.0034; with the default initialization 0.068
-
-
-def test_gradients_reach_the_images():
-    images = torch.rand(1, 3, 32, 32, requires_grad=True)
-    Encoder(TINY, 32, 32)(images).square().mean().backward()
-    assert images.grad.abs().sum() > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -417,7 +346,7 @@ def test_going_on_gives_the_same_files(data, encoded, copy, monkeypatch, capsys)
     assert seen == list(range(8, 16)) and contents(copy) == contents(encoded)
 
 
-@pytest.mark.parametrize("name", ["shard_00000.safetensors", "shard_00002.safetensors", "latent_stats.safetensors"])
+@pytest.mark.parametrize("name", ["shard_00002.safetensors", "latent_stats.safetensors"])
 def test_verify_names_the_file_with_one_flipped_bit(copy, name, capsys):
     main(["--verify", "--out", str(copy)])
     assert "4 files with 23 latents read back, all whole" in capsys.readouterr().out
@@ -529,11 +458,6 @@ def test_archives_are_known_by_their_contents(data, tmp_path, capsys):
         encode(tmp_path / "two.zip", tmp_path / "out")
     encode(tmp_path / "one.zip", tmp_path / "out")
     assert "3 of 3 shards are there\n" in capsys.readouterr().out
-
-
-def test_space_is_said(data, tmp_path, capsys):
-    encode(data, tmp_path / "out")
-    assert "0.00 GB of latents in" in capsys.readouterr().out
 
 
 def test_latents_that_do_not_fit_float16_are_refused(data, tmp_path, monkeypatch):
@@ -734,44 +658,11 @@ def test_archives_of_all_kinds(tmp_path, capsys):
     assert Images(pack(tmp_path / "v1.0.zip", "1.png"), 8).classes == ["v1.0"]
 
 
-def write_list(folder, labels):
-    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
-
-
-def test_a_damaged_dataset_json(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("0/1.png", saved(Image.new("RGB", (9, 9)), "PNG"))
-        archive.writestr("dataset.json", '{"labels": null}')
-    content = (tmp_path / "a.zip").read_bytes()
-    (tmp_path / "a.zip").write_bytes(content.replace(b'{"labels"', b'{"babels"', 1))
-    with pytest.raises(InputError, match="its dataset.json cannot be read .*CRC"):
-        Images(tmp_path / "a.zip", 8)
-
-
-def test_labels_of_dataset_json(tmp_path):
-    """As StyleGAN's, EDM2's and REPA's tools write it: folders are numbers of files, and mean no class."""
-    names = [f"0000{k}/img0000000{i}.png" for k in range(2) for i in range(3)]
-    for name in names:
-        dot(tmp_path / "data" / name)
-    labels = [[name, (5 - i) % 4] for i, name in enumerate(names)]
-    write_list(tmp_path / "data", labels)
-    shutil.make_archive(tmp_path / "data", "zip", tmp_path / "data")
-    for path in (tmp_path / "data", tmp_path / "data.zip"):
-        images = Images(path, 8)
-        assert images.classes == ["0", "1", "2", "3"]
-        assert dict(zip(images.paths, images.labels.tolist(), strict=True)) == dict(labels)
-    write_list(tmp_path / "data", None)
-    assert (Images(tmp_path / "data", 8).classes, Images(tmp_path / "data", 8).labels.tolist()) == (["0"], 6 * [0])
-    for wrong, words in ((labels[1:], "img00000000.png has no label in dataset.json .1 such"),
-                         ([*labels, ["none.png", 0]], "none.png of dataset.json is not there"),
-                         ([[name, 2 * i] for name, i in labels], "no image of class 1, and some of 6"),
-                         ([[name, -1] for name in names], "holds no labels"), ([[name, "1"] for name in names], "holds no labels"),
-                         (7, "holds no labels")):
-        write_list(tmp_path / "data", wrong)
-        with pytest.raises(InputError, match=words):
-            Images(tmp_path / "data", 8)
-    (tmp_path / "data" / "dataset.json").write_text("{")
-    with pytest.raises(InputError, match="holds no labels"):
+def test_labels_of_a_dataset_json_are_not_folders(tmp_path):
+    """As StyleGAN's and EDM2's tools write it: folders there are numbers of files, and mean no class."""
+    dot(tmp_path / "data/00000/img00000000.png")
+    (tmp_path / "data/dataset.json").write_text('{"labels": null}')
+    with pytest.raises(InputError, match="holds labels in a dataset.json: give class folders"):
         Images(tmp_path / "data", 8)
 
 
@@ -788,7 +679,7 @@ def test_the_parent_of_splits_is_refused(tmp_path):
     assert Images(tmp_path / "vehicles", 8).classes == ["test", "train"]              # no folders in them: classes
 
 
-def test_links(tmp_path, capsys):
+def test_links(tmp_path):
     data, store = tmp_path / "data", tmp_path / "store"
     for name in ("a/1.png", "b/2.png"):
         dot(data / name)
@@ -805,8 +696,6 @@ def test_links(tmp_path, capsys):
     images = Images(data, 8)
     assert images.labels.tolist() == [0, 0, 1, 2, 2]
     assert images.paths == ["a/1.png", "a/far.png", "b/2.png", "c/3.png", "c/deep/4.png"]
-    said = capsys.readouterr().out
-    assert "7 pipes, devices, or links to nothing new" in said
 
 
 def test_what_is_no_image_is_left_out_and_counted(tmp_path, capsys, monkeypatch):
@@ -819,8 +708,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path, capsys, monkeypatch)
     images = Images(tmp_path, 8)
     assert (images.classes, images.paths) == (["a"], ["a/1.png", "a/shots.png/2.png"])
     said = capsys.readouterr().out
-    for part in ("4 hidden or of the system", "1 pipes, devices, or links to nothing new", "2 .heic", "1 .txt", "1 without a suffix"):
-        assert part in said
+    assert all(part in said for part in ("left out: 2 .heic", "1 .txt", "1 without a suffix"))
     scandir = os.scandir
 
     def denied(path):
@@ -843,20 +731,6 @@ def test_names_of_strange_bytes(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "latin\\udce9.png is no readable image" in done.stderr
     encode(tmp_path / "strange", tmp_path / "skipped", "--skip-bad")
     assert "latin\\udce9.png" in (tmp_path / "skipped/skipped.txt").read_text() and len(Latents(tmp_path / "skipped")) == 1
-
-
-def test_a_sparse_file_is_not_read_whole(tmp_path):
-    """3 GB of nothing under a picture's name."""
-    with open(tmp_path / "sparse.jpg", "wb") as file:
-        file.truncate(3 << 30)
-    start = time.monotonic()
-    with pytest.raises(InputError, match="sparse.jpg is no readable image .UnidentifiedImageError"):
-        Images(tmp_path, 8).read([0])
-    assert time.monotonic() - start < 1
-
-
-def chunk(name, body):
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")            # Pillow's word on what is broken on purpose
@@ -888,25 +762,6 @@ def test_large_images_and_formats_that_are_not_named(tmp_path, monkeypatch):
         images.read([0])
 
 
-def test_a_folder_that_holds_all_of_it(tmp_path, capsys):
-    """The command over most of the above at once."""
-    rgb = picture(24, 20)
-    png = saved(Image.fromarray(rgb), "PNG")
-    for name in ("a/1.png", "a/@eaDir/1.png/THUMB.png", "b/deep/2.png", "b/folder.png/3.png", "lost+found/x.png"):
-        dot(tmp_path / "data" / name)
-    data = tmp_path / "data"
-    (data / "a/text.png").write_bytes(png[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(3_000_000))) + png[33:])
-    (data / "a/strip.png").write_bytes(saved(Image.new("RGB", (2000, 20)), "PNG"))
-    (data / "a/script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
-    (data / "a/notes.txt").write_text("")
-    (data / "a/loop").symlink_to(".")
-    (data / os.fsdecode(b"b/\x1b\xff.png")).write_bytes(png)
-    os.mkfifo(data / "b/pipe.png")
-    latents = Latents(encode(data, tmp_path / "out", "--skip-bad"))
-    assert latents.classes == ["a", "b"] and latents.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert "1 images unreadable and left out" in capsys.readouterr().out
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------------------
@@ -933,7 +788,7 @@ model.command(lambda: encode_latents.main(sys.argv[1:]))
     assert all(found[name] == content for name, content in contents(encoded).items() if name != "latents.json")
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, "", "{\"a\": "])
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{\"a\": "])
 def test_broken_descriptions_are_one_line(copy, text):
     (copy / "latents.json").write_text(text)
     for read in (Latents, TrainingData, lambda folder: main(["--verify", "--out", str(folder)])):
@@ -941,41 +796,30 @@ def test_broken_descriptions_are_one_line(copy, text):
             read(copy)
 
 
-@pytest.mark.parametrize("flags", [("--batch-size", "0"), ("--workers", "-1"), ("--image-size", "-3"), ("--shard-size", "x"),
-                                   ("--encoder-size", "100000"), ("--image", "32")])
+@pytest.mark.parametrize("flags", [("--batch-size", "0"), ("--encoder-size", "100000"), ("--image", "32")])
 def test_ranges_at_the_parser(tmp_path, flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--data-path", str(tmp_path), "--out", str(tmp_path / "out"), *flags])
     assert capsys.readouterr().err.count("\n") == 1 and not os.listdir(tmp_path)
 
 
-def test_a_full_disk_is_one_line(data, tmp_path):
-    """The files that fitted stay, and the same command goes on."""
-    program = """
-import resource, signal, sys
-import encode_latents, model
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-sys.argv[0] = "encode_latents.py"
-model.command(lambda: encode_latents.main(sys.argv[1:]))
-"""
-    flags = ["--data-path", data, "--out", tmp_path / "out", "--encoder", TINY, "--image-size", "32", "--encoder-size", "32",
-             "--workers", "0", "--shard-size"]
-    done = subprocess.run([sys.executable, "-c", program, *flags, "8"], cwd=SCRIPT.parent, capture_output=True, text=True)
-    error = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "cannot write" in error and "space" in error, done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "latents.json"]
-
-
-RANDOM = {(64, 2, 4, 8, 0): "885cd4212ccc9879fcee3a6564e377f1784e848c27f410fbea90d129d4272a39",
-          (12, 1, 2, 4, 0): "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"}
-
-
-@pytest.mark.parametrize("sizes", RANDOM)
-def test_random_encoder_is_always_the_same(sizes, tmp_path):
-    names = ("width", "depth", "heads", "patch", "seed")
-    encoder = Encoder(encoder_folder("e", tmp_path, **dict(zip(names, sizes, strict=True))), 32, 32)
-    assert encoder.about["identity"]["sha256"] == RANDOM[sizes]
+def test_random_encoder_is_always_the_same_and_keeps_the_image(tmp_path):
+    state = torch.get_rng_state()
+    folder = encoder_folder("e", tmp_path, width=12, depth=1, heads=2, patch=4, seed=0)
+    found = Encoder(folder, 32, 32).about["identity"]["sha256"]
+    assert torch.equal(state, torch.get_rng_state()) and found == "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"
+    encoder = Encoder(encoder_folder("a", tmp_path, width=48, depth=2, heads=4, patch=4, seed=0), 32, 32)
+    images = torch.stack([torch.from_numpy(picture(32, 32, seed)) for seed in range(60)]).permute(0, 3, 1, 2) / 255
+    brightness = torch.linspace(0.2, 1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    images = (images * brightness[:, None, None, None]).requires_grad_()             # a LayerNorm would lose it
+    z = encoder(images).flatten(2).transpose(1, 2)
+    z.square().mean().backward()
+    assert images.grad.abs().sum() > 0 and encoder.about["untrained"]
+    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2).detach()
+    z = torch.cat([z, torch.ones(*z.shape[:2], 1)], dim=2).detach()
+    linear = torch.linalg.lstsq(z[:40].flatten(0, 1), patches[:40].flatten(0, 1)).solution
+    error = (z[40:] @ linear - patches[40:]).square().mean() / patches[40:].var()
+    assert error < 0.01                                       # 0.0034; with the default initialization 0.068
 
 
 def test_random_encoder_folder(tmp_path, capsys):

@@ -322,12 +322,10 @@ def test_given_latents_train_a_teacher(tmp_path):
     for complaint, call in {
             "other work": lambda: write_latents(tmp_path / "a", z + 1, y, ["x", "y", "z"], "an autoencoder", shard_size=4),
             "not finite in float16, from number 0 on": lambda: write_latents(tmp_path / "c", 1e6 * z, y),
-            "latents .10, 4, 32, 32., 9 labels": lambda: write_latents(tmp_path / "d", z, y[:9]),
-            "latents .10, 4, 32, 31., 10 labels": lambda: write_latents(tmp_path / "d", z[..., :31], y),
-            "3 classes: give labels from 0 to 2, each": lambda: write_latents(tmp_path / "d", z, 2 * (y > 0)),
-            "labels .10. of torch.float32: give": lambda: write_latents(tmp_path / "d", z, y + 0.5),
-            "labels .10, 1. of torch.int64: give": lambda: write_latents(tmp_path / "d", z, y[:, None]),
-            "labels .0. of torch.float32: give": lambda: write_latents(tmp_path / "d", z[:0], []),
+            "labels .9. of torch.int64: give .N, C, G, G., and .N,. integers": lambda: write_latents(tmp_path / "d", z, y[:9]),
+            "latents .10, 4, 32, 31.": lambda: write_latents(tmp_path / "d", z[..., :31], y),
+            "labels .10. of torch.float64": lambda: write_latents(tmp_path / "d", z, y + 0.5),
+            "latents .0, 4, 32, 32.": lambda: write_latents(tmp_path / "d", z[:0], []),
             "2 classes: give labels from 0 to 1, each": lambda: write_latents(tmp_path / "d", z, y, ["a", "b"]),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
             "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():
