@@ -75,12 +75,12 @@ def plan(arm, rate):
 class Judge:
     """The report's classifier, and what it makes of the images kept out."""
 
-    def __init__(self):
+    def __init__(self, folder=RUNS):
         self.train, held_out = (Images(f"{DATA}/{part}.zip", 32) for part in ("train", "held-out"))
         self.real, self.labels = read(held_out, range(len(held_out)))
         spaced = torch.linspace(0, len(self.train) - 1, len(held_out), dtype=torch.float64).round().long().tolist()
         self.other, self.other_labels = read(self.train, spaced)
-        path = ROOT / RUNS / "classifier.safetensors"
+        path = ROOT / folder / "classifier.safetensors"
         self.net = classifier(path, self.train, self.other, 1500, 0, torch.device("cpu"))
         self.features, self.accuracy = self.see(self.real, self.labels)
 

@@ -19,16 +19,16 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from lite0 import Lite, ridge, see  # noqa: E402
-from meaning import Judge, effective_rank  # noqa: E402
+from lite0 import Lite, probe, ridge, see  # noqa: E402
+from meaning import Judge  # noqa: E402
 from run import PUBLISHED_WEIGHT, call  # noqa: E402
 from torch import nn  # noqa: E402
 
-from encode_latents import Images, Latents, encode  # noqa: E402
+from encode_latents import Images, encode  # noqa: E402
 from eval_fid import Moments  # noqa: E402
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, digest_of, generator, load_decoder, load_network, location, provenance, read_json,
-    read_log, read_tensors, say, solve_ode, write_json, write_tensors)
+    ArgumentParser, InputError, command, digest_of, generator, load_decoder, load_network, location, ode_times, provenance,
+    read_json, read_log, read_tensors, say, solve_ode, write_json, write_tensors)
 from sanity.report import decode, distance, draw_picture, read, read_samples  # noqa: E402
 
 DATA, RUNS = "runs/photographs", "runs/experiments/j"
@@ -134,8 +134,7 @@ def plan(arm, rate):
         train = (f"train_meanflow.py --latents {at}/latents --teacher {at}/teacher-0 --init {at}/{init} --out {at}/{name} "
                  f"--batch-size 64 --steps {STEPS['mfd']} --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.99 {form}"
                  f"--derivative fd --seed 0 {COMMON} --log-every 20")
-        wrapped = f"docs/experiments/published.py weight {train}" if weight == "published" else train
-        return [wrapped, sample(name, row, "--nfe 1")]
+        return [train, sample(name, row, "--nfe 1")]
 
     rows = {}
     lines = [f"docs/experiments/semantic.py --encode {arm} --wheels {{wheels}}",
@@ -179,11 +178,134 @@ def run_arm(arm, wheels):
     return rate, losses
 
 
+# ---- The numbers ---------------------------------------------
+class Lite2:
+    """A judge of the encoder's family: its last block at 96 px, the mean token; and a ridge regression of the class from it."""
+
+    def __init__(self, wheels, train):
+        self.net = Lite("lite2", wheels, 22, 96)
+        few, labels = read(train, range(0, len(train), len(train) // 4500))
+        self.few, self.hot = self.features(few).double(), F.one_hot(labels).double()
+
+    @torch.no_grad()
+    def features(self, images):
+        return see(self.net, images).mean((2, 3))
+
+    def accuracy(self, features, labels):
+        return (ridge(self.few, self.hot, features.double(), 1e-2).argmax(1) == labels).double().mean().item()
+
+
+def moments(features):
+    return Moments().update(features)
+
+
+def spread(features, reference, times=30):
+    """Standard deviation of a distance when as many samples are drawn from these, with replacement."""
+    g = generator("cpu", "bootstrap")
+    draws = (features[torch.randint(len(features), (len(features),), generator=g)] for _ in range(times))
+    return torch.tensor([distance(moments(x), reference) for x in draws]).std().item()
+
+
+@torch.no_grad()
+def curvature(run):
+    """E |v - (z_1 - z_0)|^2 / E |z_1 - z_0|^2 along 256 of a teacher's solutions, over t: 0 where they are straight."""
+    net, about = load_network(run)
+    g = generator("cpu", "curvature")
+    times = ode_times(20, about["time_shift"])
+    path = solve_ode(net.eval(), torch.randn(256, *net.shape, generator=g), torch.arange(256) % 10, times, "heun")
+    whole, total = path[0] - path[-1], 0
+    for start, stop, t, s in zip(path, path[1:], times, times[1:], strict=False):
+        total += (t - s) * ((start - stop) / (t - s) - whole).square().mean()
+    return (total / whole.square().mean()).item()
+
+
+def measure(arm, wheels, judge, lite2, rate, losses):
+    at, rows = Path(RUNS, arm), plan(arm, rate)[1]
+    encoder, decoder = encoder_of(arm, wheels), load_decoder(at / "decoder")[0].eval()
+    known, decoded = (decode(images, encoder, decoder, torch.device("cpu")) for images in (judge.other, judge.real))
+    images = {"real": (judge.other, judge.other_labels), "decoded real": (known, judge.other_labels)}
+    images |= {row: read_samples(path, 32, 10) for row, path in rows.items()}
+    reference = {"real": judge.real, "decoded": decoded}
+    by_lite2 = {name: moments(lite2.features(x)) for name, x in reference.items()}
+    by_classifier = {name: moments(judge.see(x, judge.labels)[0]) for name, x in reference.items()}
+    found = {}
+    for row, (x, y) in images.items():
+        (seen, accuracy), features = judge.see(x, y), lite2.features(x)
+        found[row] = {f"Lite2, to {name}": distance(moments(features), m) for name, m in by_lite2.items()}
+        found[row] |= {f"classifier, to {name}": distance(moments(seen), m) for name, m in by_classifier.items()}
+        found[row] |= {"spread": spread(features, by_lite2["decoded"]), "class accuracy": accuracy,
+                       "class accuracy, Lite2": lite2.accuracy(features, y)}
+        say(f"{arm}, {row}: {found[row]}")
+    # Of images that no classifier was fitted to.
+    found["decoded real"]["class accuracy"] = judge.see(decoded, judge.labels)[1]
+    found["real"]["class accuracy"] = judge.accuracy
+    norms = {row: [line["grad_norm_max"] for line in read_log(at / row.replace(", ", "-").replace(" ", "-"))]
+             for row in rows if row.startswith("MFD")}
+    some, labels = read(judge.train, range(0, len(judge.train), len(judge.train) // 3000))
+    names = ("k-NN", "linear probe", "effective rank", "linear decoder, PSNR")
+    order = torch.randperm(len(some), generator=generator("cpu", "probe"))[:3000]
+    facts = dict(zip(names, probe(encoder, some[order], labels[order]), strict=True))
+    facts |= {"variance kept": encoder.kept.item() if hasattr(encoder, "kept") else 1.0, "curvature": curvature(at / "teacher-0"),
+              "decoder, PSNR": read_log(at / "decoder")[-1]["psnr"], "learning rate": rate, "losses": losses}
+    return {"encoder": facts, "rows": found, "largest gradient norm": {row: max(x) for row, x in norms.items()}, **provenance()}
+
+
+def picture(arms, judge, wheels):
+    """docs/images/experiment-j.png: images kept out, and of each arm what decoder, teacher and MFD make."""
+    first = [judge.labels.tolist().index(k) for k in range(10)]
+    columns = {"real": judge.real[first]}
+    for arm in arms:
+        encoder, decoder = encoder_of(arm, wheels), load_decoder(Path(RUNS, arm, "decoder"))[0].eval()
+        columns[f"{arm}, decoded"] = decode(judge.real[first], encoder, decoder, torch.device("cpu"))
+        for row in ("teacher 0, noise 0, w = 1", "teacher 0, noise 0, w = 2", "MFD from cmt, mild"):
+            title = f"{arm}, {row.split(', ')[-1] if 'teacher' in row else 'MFD'}"
+            columns[title] = read_samples(plan(arm, RATES[0])[1][row], 32, 10)[0][:10]
+    draw_picture(Path(RUNS, "picture.png"), columns, judge.train.classes)
+
+
+def table(numbers):
+    """The page's tables, of the arms {name: numbers}."""
+    def line(*cells):
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+    def over(rows, ending, column):
+        return torch.tensor([x[column] for row, x in rows.items() if row.startswith("teacher") and row.endswith(ending)])
+    lines = [line("", *numbers), "|---" * (1 + len(numbers)) + "|"]
+    for column in ("Lite2, to decoded", "Lite2, to real", "classifier, to decoded", "classifier, to real", "class accuracy",
+                   "class accuracy, Lite2"):
+        for row in ("real", "decoded real"):
+            lines.append(line(f"{column}: {row}", *(f"{found['rows'][row][column]:.3g}" for found in numbers.values())))
+        for ending in (*(f"w = {w}" for w in GUIDANCE), "auto w = 1.5"):
+            cells = []
+            for found in numbers.values():
+                plain = over(found["rows"], ", w = 1", column)
+                x = over(found["rows"], f", {ending}", column)
+                change = x / plain - 1
+                cells.append(f"{x.mean():.3g} ± {x.std():.2g} ({change.mean():+.1%} ± {change.std():.1%})")
+            lines.append(line(f"{column}: {ending}", *cells))
+    lines += ["", line("", *(f"{arm}: {name}" for arm in numbers for name in ("to decoded, Lite2", "classifier", "accuracy", "norm"))),
+              "|---" * (1 + 4 * len(numbers)) + "|"]
+    for row in [row for row in next(iter(numbers.values()))["rows"] if row[:3] in ("CMT", "MFD")]:
+        cells = []
+        for found in numbers.values():
+            x, norm = found["rows"][row], found["largest gradient norm"].get(row, float("nan"))
+            cells += [f"{x['Lite2, to decoded']:.3g} ± {x['spread']:.2g}", f"{x['classifier, to decoded']:.3g}",
+                      f"{x['class accuracy']:.3f}", f"{norm:.3g}"]
+        lines.append(line(row, *cells))
+    names = [name for name in next(iter(numbers.values()))["encoder"] if name != "losses"]
+    lines += ["", line("encoder", *names), "|---" * (1 + len(names)) + "|"]
+    for arm, found in numbers.items():
+        lines.append(line(arm, *(found["encoder"][x] if x == "learning rate" else f"{found['encoder'][x]:.3g}" for x in names)))
+    return "\n".join(lines)
+
+
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which latents")
     parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheels, see lite0.py")
     parser.add_argument("--encode", choices=ARMS, help="only this arm's latents, in this process")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--print", metavar="FOLDER", help="run nothing, print the numbers kept in this folder")
     return parser.parse_args(argv)
 
 
@@ -195,9 +317,19 @@ def main(argv=None):
         if not Path(out, "latents.json").exists():
             encode(Images(f"{DATA}/train.zip", 32), encoder_of(args.encode, args.wheels), out, batch_size=50, workers=0)
         return
+    if args.print:
+        return print(table({arm: read_json(f"{args.print}/j-{arm}.json") for arm in args.arms}))
+    if args.list:
+        return print("\n".join(f"python {line}" for arm in args.arms for line in plan(arm, RATES[0])[0]))
     with ThreadPoolExecutor(2) as pool:
-        for arm, (rate, losses) in zip(args.arms, pool.map(lambda arm: run_arm(arm, args.wheels), args.arms), strict=True):
-            say(f"{arm}: learning rate {rate} of {losses}")
+        rates = dict(zip(args.arms, pool.map(lambda arm: run_arm(arm, args.wheels), args.arms), strict=True))
+    judge = Judge(RUNS)
+    lite2, numbers = Lite2(args.wheels, judge.train), {}
+    for arm, (rate, losses) in rates.items():
+        numbers[arm] = measure(arm, args.wheels, judge, lite2, rate, losses)
+        write_json(Path(RUNS).parent / f"j-{arm}.json", numbers[arm])
+    picture(args.arms, judge, args.wheels)
+    print(table(numbers))
 
 
 if __name__ == "__main__":
