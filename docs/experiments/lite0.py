@@ -18,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from encode_latents import Images  # noqa: E402
-from model import ArgumentParser, InputError, command, generator, location, whole  # noqa: E402
+from model import ArgumentParser, InputError, command, generator, location  # noqa: E402
 
 STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
           (1, 3, 1, 6, 320)]                      # of Lite0: blocks, kernel, stride of the first, expansion, channels
@@ -81,9 +81,8 @@ class Lite(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
                 layer.reset_parameters()
-        norms = [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.train().momentum = None          # the mean over batches
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.train().momentum = None     # the mean over batches
         for part in images.split(50):
             self(part)
         return self.eval()
@@ -128,14 +127,12 @@ def main(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("data", type=location, help="photographs of 32 px, a folder of class folders or a .zip")
     parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheels")
-    parser.add_argument("--block", type=whole(0), default=15, help="whose output is a latent")
-    parser.add_argument("--size", type=whole(32), default=128, help="pixels that the network sees")
     args = parser.parse_args(argv)
     images = Images(args.data, 32)
     pixels, labels = images.read(torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000].tolist())
-    net = Lite("lite0", args.wheels, args.block, args.size)
+    net = Lite("lite0", args.wheels, 15, 128)
     print("| Lite0 | k-NN | linear | effective rank | PSNR of a linear decoder |\n" + "|---" * 5 + "|")
-    for name in (f"block {args.block} at {args.size} px", "its random twin"):
+    for name in ("block 15 at 128 px", "its random twin"):
         print("| {} | {:.3f} | {:.3f} | {:.0f} | {:.1f} |".format(name, *probe(net, pixels, labels)), flush=True)
         net.forget(pixels[:2250])
 
