@@ -1,5 +1,6 @@
 """The ablations of docs/experiments: their commands are valid, and the published code's ingredients do what they say."""
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -13,20 +14,22 @@ import train_cmt
 from docs.experiments import meaning, published, run
 from sanity import synthetic
 
-SMALL = "--teacher DATA/teacher --out OUT --batch-size 4 --steps 1 --save-every 0"
+def parsed(lines):
+    """Every command's flags are its script's. -> where they write."""
+    for line in lines:
+        argv = shlex.split(line)
+        argv = argv[2:] if argv[0].endswith("published.py") else argv
+        assert "{" not in line
+        importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")).parse_args(argv[1:])
+    return [line.split(" --out ")[1].split()[0] for line in lines if " --out " in line]
 
 
 @pytest.mark.parametrize("letter", run.EXPERIMENTS)
 def test_the_commands_are_valid(letter):
-    exp, first, arms, samples, report = run.plan(letter, 1)
+    _, first, arms, samples, report = run.plan(letter, 1)
     lines = [*first, *(line for chain in arms.values() for line in chain), *(line for line, _ in samples.values())]
-    for line in [*lines, report + " ".join(shlex.quote(column) for _, column in samples.values())]:
-        assert "{" not in line
-        argv = shlex.split(line)
-        argv = argv[2:] if argv[0].endswith("published.py") else argv
-        importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")).parse_args(argv[1:])
-    outs = [line.split(" --out ")[1].split()[0] for line in lines]
-    assert len(set(outs)) == len(outs)                                            # no two write to one place
+    outs = parsed([*lines, report + " ".join(shlex.quote(column) for _, column in samples.values())])
+    assert len(set(outs)) == len(outs) == len(lines)                              # no two write to one place
     for name, (_, column) in samples.items():                                     # as report.py reads it
         assert column.rpartition(":")[0].rpartition("=")[0] == name
 
@@ -34,12 +37,7 @@ def test_the_commands_are_valid(letter):
 def test_the_commands_of_meaning_are_valid():
     for arm in meaning.ENCODERS:
         groups, rows = meaning.plan(arm, meaning.RATES[1])
-        lines = [line for chains in groups for chain in chains for line in chain]
-        for line in lines:
-            argv = shlex.split(line)
-            importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")).parse_args(argv[1:])
-        outs = {line.split(" --out ")[1].split()[0] for line in lines}
-        assert set(rows.values()) <= outs
+        assert set(rows.values()) <= set(parsed([line for chains in groups for chain in chains for line in chain]))
 
 
 def test_the_tables_of_meaning():
@@ -87,22 +85,13 @@ def test_published_ingredients(monkeypatch):
     assert pool.times.tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    data = tmp_path_factory.mktemp("synthetic")
-    encode_latents.write_latents(data / "latents", synthetic.random_latents(16, (12, 4, 4)), [i % 3 for i in range(16)])
-    synthetic.write_teacher(data / "teacher", data / "latents", 3, "DiTDH-mini")
-    return data
-
-
-@pytest.mark.parametrize("ingredients, stage", [("labels,embedding", f"train_meanflow.py --latents DATA/latents --init DATA/teacher {SMALL}"),
-                                                ("times", f"train_cmt.py {SMALL} --pairs 4 --teacher-steps 2")])
-def test_published_runs(data, tmp_path, ingredients, stage):
-    stage = stage.replace("DATA", str(data)).replace("OUT", str(tmp_path / "out"))
-    argv = [sys.executable, "docs/experiments/published.py", ingredients, *stage.split()]
-    result = subprocess.run(argv, cwd=run.ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert '"step": 1' in result.stdout
+def test_published_runs(tmp_path):
+    encode_latents.write_latents(tmp_path / "latents", synthetic.random_latents(16, (12, 4, 4)), [i % 3 for i in range(16)])
+    synthetic.write_teacher(tmp_path / "teacher", tmp_path / "latents", 3, "DiTDH-mini")
+    stage = "train_cmt.py --teacher teacher --out out --batch-size 4 --steps 1 --save-every 0 --pairs 4 --teacher-steps 2"
+    argv = [sys.executable, run.ROOT / "docs/experiments/published.py", "labels,embedding,times", *stage.split()]
+    result = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and '"step": 1' in result.stdout, result.stderr
 
 
 def test_table_and_plot(tmp_path, monkeypatch):
@@ -127,41 +116,54 @@ def test_table_and_plot(tmp_path, monkeypatch):
     assert "1 of 2 runs not finite" in lines[6] and "| not finite |" in lines[8]
 
 
+NUMBERS = run.ROOT / "docs/experiments/numbers"
+
+
+def page(letter):
+    return next(run.ROOT.glob(f"docs/experiments/{letter}-*.md")).read_text()
+
+
+@pytest.mark.parametrize("letter, seeds", [("b", 3), ("c", 3), ("e", 1), ("f", 1), ("g", 1), ("k", 3)])
+def test_the_tables_of_pages(letter, seeds):
+    """A page's table has the numbers that run.py --print prints; rows with brackets have others."""
+    rows = [line.split("|", 2)[2] for line in page(letter).splitlines() if line.startswith("| ") and "(" not in line.split("|", 2)[2]]
+    printed = run.table(run.numbers(letter, range(seeds), NUMBERS))
+    found = re.findall(r"\d+\.\d+", "".join(rows))
+    assert len(found) > 10 and not set(found) - set(re.findall(r"\d+\.\d+", printed))
+
 
 def test_headlines():
-    """What the first lines of pages c and h say, from the numbers that they stand on."""
+    """What the first lines of pages c, h, k and l say, from the numbers that they stand on."""
     def rows(name):
-        return model.read_json(run.ROOT / f"docs/experiments/numbers/{name}.json")["rows"]
+        return model.read_json(NUMBERS / f"{name}.json")["rows"]
 
-    def first_line(page):
-        return (run.ROOT / f"docs/experiments/{page}.md").read_text().splitlines()[2]
+    def finding(letter):
+        return page(letter).splitlines()[2]
     c, h = rows("c-0"), rows("h-0")
     ratios = {(solver, n, space): c[f"{solver}, {n} steps, 1 step"][space] / h[f"teacher, {solver}, NFE {n * cost}"][space]
               for solver, cost in (("euler", 1), ("heun", 2)) for n in (2, 4, 8, 16, 32) if n * cost <= 32
               for space in ("encoder", "classifier")}
-    assert (round(min(ratios.values()), 1), round(max(ratios.values()), 1)) == (1.0, 1.5) and "1.0 to 1.5 times" in first_line("c-cmt-alone")
+    assert (round(min(ratios.values()), 1), round(max(ratios.values()), 1)) == (1.0, 1.5) and "1.0 to 1.5 times" in finding("c")
     encoder = [ratio for (solver, _, space), ratio in ratios.items() if (solver, space) == ("euler", "encoder")]
     assert encoder == sorted(encoder)                         # the more, the better the solver
-    page = (run.ROOT / "docs/experiments/c-cmt-alone.md").read_text()
     for solver in ("euler", "heun"):
         cells = [f"{ratios[solver, n, 'encoder']:.2f} ({ratios[solver, n, 'classifier']:.2f})" for n in (2, 4, 8, 16, 32)
                  if (solver, n, "encoder") in ratios]
-        assert " | ".join(cells) in page
+        assert " | ".join(cells) in page("c")
     encoder, classifier = (h["MFD, NFE 1"][space] / h["teacher, heun, NFE 50"][space] for space in ("encoder", "classifier"))
-    assert f"{100 * (encoder - 1):.0f}% farther" in first_line("h-evaluations")
-    assert f"{100 * (1 - classifier):.0f}% nearer" in first_line("h-evaluations")
+    assert f"{100 * (encoder - 1):.0f}% farther" in finding("h")
+    assert f"{100 * (1 - classifier):.0f}% nearer" in finding("h")
     k = [rows(f"k-{seed}") for seed in range(3)]
-    page = (run.ROOT / "docs/experiments/k-vanilla.md").read_text()
     for space in ("encoder", "classifier"):
         one, two, three = (row["MeanFlow"][space] / row["MFD"][space] for row in k)
-        assert f"{one:.2f}, {two:.2f} and {three:.2f} times" in page
+        assert f"{one:.2f}, {two:.2f} and {three:.2f} times" in page("k")
     assert all(row["MeanFlow"]["accuracy"] < row["MFD"]["accuracy"] for row in k)
-    assert [row["MeanFlow"]["norm"] > 1e5 for row in k].count(True) == 1 and "one seed of three it explodes" in first_line("k-vanilla")
+    assert [row["MeanFlow"]["norm"] > 1e5 for row in k].count(True) == 1 and "one seed of three it explodes" in finding("k")
     found = {(row["student"], row["rows"], row["target"]): row["variance"] for row in rows("l-0")}
 
     def whole(student, target, jumps=None):       # of 48 and 16 rows, by the variances of 64
         return 0.75 ** 2 * found[student, "s = t", target] * 64 / 48 + 0.25 ** 2 * found[student, "s < t", jumps or target] * 64 / 16
     shares = [(whole(x, "MFT") - whole(x, "MFT", "MFT, direction v")) / (whole(x, "MFT") - whole(x, "MFD")) for x in ("CMT", "middle", "end")]
     ratios = [whole(x, "MFT") / whole(x, "MFD") for x in ("CMT", "middle", "end")]
-    assert f"{100 * min(shares):.0f} to {100 * max(shares):.0f}% of the excess" in first_line("l-gradient-variance")
-    assert f"{min(ratios):.0f} to {max(ratios):.0f} times MFD's variance" in first_line("l-gradient-variance")
+    assert f"{100 * min(shares):.0f} to {100 * max(shares):.0f}% of the excess" in finding("l")
+    assert f"{min(ratios):.0f} to {max(ratios):.0f} times MFD's variance" in finding("l")

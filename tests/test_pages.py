@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/experiments/*.md")])
-PAGES = [ROOT / "README.md", *DOCS]
+README, DOCS = ROOT / "README.md", sorted(ROOT.glob("docs/**/*.md"))
+CODE = [path for pattern in ("*", "sanity/*", "docs/**/*", "tests/**/*") for path in ROOT.glob(pattern) if path.suffix in (".py", ".sh")]
+TEXT = "\n".join(path.read_text() for path in CODE)
+TORCHRUNS = {"--nproc_per_node", "--shutdown-timeout"}
 LONGEST = 160                                     # characters of a line of prose
-CODE = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("sanity/*"), *ROOT.glob("docs/**/*.py"), *ROOT.glob("docs/**/*.sh"),
-                          *ROOT.glob("tests/**/*.py"), *ROOT.glob("tests/*.sh")] if path.suffix in (".py", ".sh")]
-OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout", "--max-restarts",
-          "--signals-to-handle"}                  # torchrun's
+pages = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def parts(page):
@@ -34,7 +33,7 @@ def parts(page):
                 inside = None
         else:
             (prose if inside is None else inside[1]).append(line)
-    assert inside is None, f"{page.name}: a fence that never closes"
+    assert inside is None, "a fence that never closes"
     return prose, fences
 
 
@@ -44,42 +43,39 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def name(page):
-    return str(page.relative_to(ROOT))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pages
 def test_links(page):
-    text = "\n".join(parts(page)[0])
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("https://"):
-            continue
-        path, _, anchor = target.partition("#")
-        there = (page.parent / path).resolve() if path else page
-        assert there.exists(), f"{name(page)}: {target}"
-        assert not anchor or anchor in anchors(there), f"{name(page)}: {target}"
+    for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(parts(page)[0])):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists() and (not anchor or anchor in anchors(there)), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pages
 def test_names(page):
     """Scripts and pages named in a text exist; names and flags stand somewhere in our code."""
-    text, code = "\n".join(parts(page)[0]), "\n".join(path.read_text() for path in CODE)
-    for quoted in re.findall(r"`([^`]+)`", text):
+    for quoted in re.findall(r"`([^`]+)`", "\n".join(parts(page)[0])):
         for path in re.findall(r"(?<![\w/.:])[\w./-]+\.(?:py|sh|md)\b", quoted):
-            assert (ROOT / path).exists() or (page.parent / path).exists(), f"{name(page)}: {path}"
+            assert (ROOT / path).exists() or (page.parent / path).exists(), path
         for flag in re.findall(r"--[a-z][\w-]+", quoted):
-            assert f'"{flag}"' in code or flag in OTHERS, f"{name(page)}: {flag}"
+            assert f'"{flag}"' in TEXT or flag in TORCHRUNS, flag
         if re.fullmatch(r"[a-zA-Z]\w*_\w+", quoted):
-            assert re.search(rf"\b{quoted}\b", code), f"{name(page)}: {quoted}"
+            assert re.search(rf"\b{quoted}\b", TEXT), quoted
+
+
+@pages
+def test_lines_are_short(page):
+    assert [line for line in parts(page)[0] if len(line) > LONGEST and not line.startswith("|")] == []
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
-def commands(lines):
-    """Argument lists of the shell commands in some lines, variables filled in; what Python is given in a heredoc."""
-    text, programs, variables = re.sub(r"\\\n\s*", "", "\n".join(lines)), [], {}
-    text = re.sub(r"<<'END'\n(.*?)\nEND\b", lambda found: programs.append(found[1]) or "", text, flags=re.S)
-    found = []
-    for line in text.splitlines():
+def commands(text):
+    """Argument lists of the shell commands in a text, variables filled in."""
+    def fill(word):
+        return re.sub(r"\$\{?(\w+)\}?", lambda found: variables.get(found[1], found[0]), word)
+    variables = {}
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
         words = shlex.split(re.sub(r"([;&|]+)", r" \1 ", line), comments=True)
         if words[:1] == ["for"]:
             variables[words[1]] = words[3]
@@ -91,28 +87,26 @@ def commands(lines):
                 continue
             while command and re.fullmatch(r"\w+=.*", command[0]):
                 key, _, value = command.pop(0).partition("=")
-                variables[key] = fill(value, variables)
+                variables[key] = fill(value)
             if command:
-                found.append([fill(word, variables) for word in command])
+                yield [fill(word) for word in command]
             command = []
-    return found, programs
 
 
-def fill(word, variables):
-    return re.sub(r"\$\{?(\w+)\}?", lambda found: variables.get(found[1], found[0]), word)
-
-
-def of_page(page):
+def commands_of(page):
+    """Variables of one fence stand in the later ones too."""
     prose, fences = parts(page)
-    for language, lines in fences:
-        yield from [] if language == "python" else commands(lines)[0]
+    yield from commands("\n".join("\n".join(lines) for language, lines in fences if language != "python"))
     for quoted in re.findall(r"`((?:python|torchrun|\./)[^`]*)`", "\n".join(prose)):
         if "..." not in quoted:
-            yield from commands([quoted])[0]
+            yield from commands(quoted)
 
 
 class Parsed(Exception):
     pass
+
+
+MODULES = {}
 
 
 def parse(script, argv, monkeypatch):
@@ -121,10 +115,9 @@ def parse(script, argv, monkeypatch):
         original(self, *args)
         raise Parsed
     original = argparse.ArgumentParser.parse_args
-    if "argparse" not in script.read_text() and "ArgumentParser" not in script.read_text():
+    if "ArgumentParser" not in script.read_text():
         return
-    module = MODULES.get(script)
-    if module is None:
+    if script not in MODULES:
         spec = importlib.util.spec_from_file_location(f"page_{script.stem}", script)
         module = MODULES[script] = importlib.util.module_from_spec(spec)
         environment, path = dict(os.environ), list(sys.path)
@@ -135,87 +128,70 @@ def parse(script, argv, monkeypatch):
         os.environ.update(environment)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *argv])
-        if hasattr(module, "parse_args"):
-            module.parse_args()
+        if hasattr(MODULES[script], "parse_args"):
+            MODULES[script].parse_args()
             return
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with contextlib.suppress(Parsed):
-            module.main()
+            MODULES[script].main()
             pytest.fail(f"{script} parses nothing")
 
 
-MODULES = {}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pages
 def test_commands(page, monkeypatch):
-    for words in of_page(page):
-        if words[0].endswith(".sh"):
-            assert os.access(ROOT / words[0], os.X_OK), f"{name(page)}: {words[0]}"
-            continue
+    for words in commands_of(page):
         scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-        if words[0] not in ("python", "torchrun") or not scripts:
-            continue
-        # From another folder too, where a page goes into one.
-        script = ROOT / re.sub(r"^(\.\./)+", "", words[scripts[0]])
-        assert script.exists(), f"{name(page)}: {words[scripts[0]]}"
-        words = words[scripts[0] + 1:]
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                parse(script, words, monkeypatch)
-        except SystemExit:
-            pytest.fail(f"{name(page)}: {shlex.join([script.name, *words])}: {errors.getvalue()}")
+        if words[0].endswith(".sh"):
+            assert os.access(ROOT / words[0], os.X_OK), words[0]
+        elif words[0] in ("python", "torchrun") and scripts:
+            script, argv = ROOT / words[scripts[0]], words[scripts[0] + 1:]
+            assert script.exists(), script
+            errors = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(errors):
+                    parse(script, argv, monkeypatch)
+            except SystemExit:
+                pytest.fail(f"{shlex.join([script.name, *argv])}: {errors.getvalue()}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pages
 def test_programs(page):
     """Python in a page is Python, and takes from our modules what they have."""
-    for language, lines in parts(page)[1]:
-        for program in ["\n".join(lines)] if language == "python" else commands(lines)[1]:
-            for node in ast.walk(ast.parse(program)):
-                file = ROOT / f"{node.module}.py" if isinstance(node, ast.ImportFrom) else ROOT / "none"
-                if file.exists():
-                    tree = ast.parse(file.read_text())
-                    own = {item.name for item in tree.body if isinstance(item, (ast.FunctionDef, ast.ClassDef))}
-                    own |= {target.id for item in tree.body if isinstance(item, ast.Assign)
-                            for target in item.targets if isinstance(target, ast.Name)}
-                    assert {alias.name for alias in node.names} <= own, f"{name(page)}: {node.module}"
+    for _, lines in (fence for fence in parts(page)[1] if fence[0] == "python"):
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.ImportFrom) and (file := ROOT / f"{node.module}.py").exists():
+                own = {item.name for item in ast.parse(file.read_text()).body if isinstance(item, (ast.FunctionDef, ast.ClassDef))}
+                assert {alias.name for alias in node.names} <= own, node.module
 
 
 # ---- Length and order ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script", [path for path in CODE if path.suffix == ".py"], ids=name)
-def test_docstrings(script):
+def test_docstrings():
     """What --help prints of it is whole sentences; no line begins with a space where a blank line got lost."""
-    source = script.read_text()
-    text = ast.get_docstring(ast.parse(source), clean=False) or "."
-    description = text.split("\n" if r'__doc__.split("\n")' in source else "\n\n")[0].rstrip()
-    assert description.endswith((".", ":", "?")) and not re.search(r"^ \S", text, flags=re.M)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_lines_are_short(page):
-    for line in parts(page)[0]:
-        assert len(line) <= LONGEST or line.startswith("|"), f"{name(page)}: {line}"
+    for script in (path for path in CODE if path.suffix == ".py"):
+        source = script.read_text()
+        text = ast.get_docstring(ast.parse(source), clean=False) or "."
+        description = text.split("\n" if r'__doc__.split("\n")' in source else "\n\n")[0].rstrip()
+        assert description.endswith((".", ":", "?")) and not re.search(r"^ \S", text, flags=re.M), script
 
 
 def test_sizes():
-    readme = PAGES[0].read_text()
-    assert len(readme) <= 9_000 and len(readme.splitlines()) <= 130
-    # 90 of what was there when it was set, 12 for what has been measured since: b-length, b-constants, i, why nearer (h).
-    assert sum(len(page.read_bytes()) for page in DOCS) <= 102 * 1024
+    readme = README.read_text()
+    assert len(readme) <= 8_500 and len(readme.splitlines()) <= 120
+    assert sum(len(page.read_text()) for page in DOCS) <= 75_000
 
 
 def test_the_lines_to_copy():
     from test_sampling import LINES_OF_README
-    assert LINES_OF_README.strip() in PAGES[0].read_text()
+    assert LINES_OF_README.strip() in README.read_text()
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if page.parent.name == "experiments"], ids=name)
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/experiments/*.md")), ids=lambda page: page.stem)
 def test_an_experiments_page(page):
-    """The finding in a sentence, then the table, then the commands; the index leads here."""
-    lines = page.read_text().splitlines()
-    assert lines[0].startswith("# ") and lines[2].startswith("**") and lines[2].endswith(".**") and lines[4].startswith("| ")
-    after = next(i for i, line in enumerate(lines[4:], 4) if not line.startswith("|"))
-    assert lines[after + 1] == "```"
-    assert f"(experiments/{page.name})" in (ROOT / "docs/EXPERIMENTS.md").read_text()
+    """At most 2.5 KB, a page whose claims were fixed beforehand 3: the finding in a sentence, the commands, one table of at most eight
+    rows; the index leads here."""
+    text = page.read_text()
+    lines, index = text.splitlines(), (ROOT / "docs/EXPERIMENTS.md").read_text()
+    assert lines[0].startswith("# ") and lines[2].startswith("**") and lines[2].endswith(".**")
+    assert len(text) <= (3_000 if "## Fixed beforehand" in text else 2_560) and f"(experiments/{page.name})" in index
+    table = [i for i, line in enumerate(lines) if line.startswith("|")]
+    assert len(table) <= 10 and (not table or len(table) == 1 + table[-1] - table[0] and lines.index("```") < table[0])
