@@ -36,7 +36,7 @@ ARMS = ("semantic", "random", "reconstruction")
 RATES = ("2e-3", "1e-3")                          # of the teacher; each arm takes the one of the lower loss
 GUIDANCE = (1, 1.25, 1.5, 2)
 CHANNELS, BLOCK, SIZE, FIT = 160, 15, 128, 4000   # of a latent; Lite0's; images that principal components are fitted to
-STEPS = dict(autoencoder=4000, decoder=2000, rate=1000, teacher=4000, weak=1000, cmt=250, mfd=700)
+STEPS = dict(autoencoder=4000, decoder=2000, rate=1000, teacher=3000, weak=1000, cmt=250, mfd=500)
 SAMPLES, NOISES = 2000, ((0, 0), (0, 1), (0, 2), (1, 0))       # images a row; (teacher, seed of the sampling noise)
 COMMON = f"--precision fp32 --log-every 100 --save-every {STEPS['weak']} --keep 1"
 MILD = "--loss-form mean --loss-power 0.5 --loss-eps 0.1"
