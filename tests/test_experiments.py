@@ -11,7 +11,7 @@ import torch
 import encode_latents
 import model
 import train_cmt
-from docs.experiments import meaning, published, run
+from docs.experiments import meaning, published, run, semantic
 from sanity import synthetic
 
 def parsed(lines):
@@ -38,6 +38,36 @@ def test_the_commands_of_meaning_are_valid():
     for arm in meaning.ENCODERS:
         groups, rows = meaning.plan(arm, meaning.RATES[1])
         assert set(rows.values()) <= set(parsed([line for chains in groups for chain in chains for line in chain]))
+
+
+def test_the_commands_of_semantic_are_valid():
+    """Each row's samples are made by one command, after the network that it draws from."""
+    for arm in semantic.ARMS:
+        lines, rows = semantic.plan(arm, semantic.RATES[1])
+        made = set()
+        for line in lines:
+            argv = shlex.split(line)
+            importlib.import_module(argv[0].removesuffix(".py").replace("/", ".")).parse_args(argv[1:])
+            if argv[0] == "sample.py":
+                assert argv[1] in made
+            out = line.partition(" --out ")[2].split()[:1]
+            assert not made & {*out}
+            made.update(out)
+        assert set(rows.values()) <= made and lines[:4] == semantic.plan(arm, None)[0]
+
+
+def test_the_table_of_semantic():
+    """Two arms: in the second, w = 1.5 lowers every distance by a half, and MFD stands at 3."""
+    def arm(guided):
+        rows = {row: dict.fromkeys(("Lite2, to decoded", "Lite2, to real", "classifier, to decoded", "classifier, to real", "class accuracy",
+                                    "class accuracy, Lite2", "spread"), 4.0 * guided if "w = 1.5" in row else 4.0)
+                for row in ["real", "decoded real", *semantic.plan("random", "1e-3")[1]]}
+        rows["MFD from cmt, mild"]["Lite2, to decoded"] = 3.0
+        return {"encoder": {"curvature": 0.5}, "rows": rows, "largest gradient norm": {"MFD from cmt, mild": 7.0}}
+    lines = semantic.table({"semantic": arm(1), "random": arm(0.5)}).splitlines()
+    assert "| Lite2, to decoded: w = 1.5 | 4 ± 0 (+0.0% ± 0.0%) | 2 ± 0 (-50.0% ± 0.0%) |" in lines
+    assert "| MFD from cmt, mild | 3 ± 4 | 4 | 4.000 | 7 | 3 ± 4 | 4 | 4.000 | 7 |" in lines
+    assert lines[-1] == "| random | 0.5 |"
 
 
 def test_the_tables_of_meaning():
