@@ -98,7 +98,7 @@ def is_hidden(name):
 
 
 def list_folder(path):
-    """{name: name} of what lies under a folder; folders end in "/". Links lead to each folder once."""
+    """{name: name} of folders, which end in "/", and files under a folder. Links lead to each folder once."""
     found, seen, waiting = {}, {os.path.realpath(path)}, [""]
     while waiting:
         inside = waiting.pop()
@@ -151,7 +151,7 @@ class Images:
     Class ids follow the sorted folder names (for ImageNet's wnids: the published ids).
     skip_bad: unreadable images stand in `skipped`, {index: why}. Attributes: `classes` (names), `paths`
     (sorted by class, then name), `labels` (N,) int64, `sha256` (of these; of a .zip's contents, too).
-    An index >= N is the flipped copy of index - N. InputError: no images, an empty class, unreadable."""
+    An index >= N is the flipped copy of index - N. InputError: no images, no such classes, unreadable."""
 
     def __init__(self, path, image_size, skip_bad=False):
         self.path, self.image_size, self.zip = Path(path), image_size, None
@@ -552,7 +552,7 @@ def write_latents(out, latents, labels, classes=None, made_by="given", shard_siz
     """Write latents that exist as such a folder. One process; the same call starts over.
 
     latents: (N, C, G, G), an array, a map of one, or a tensor, raw. labels: (N,) integers. classes: names.
-    made_by: what made them. InputError: as of `encode`."""
+    made_by: what made them. InputError: shapes or classes do not fit; or as of `encode`."""
     def block(k):
         x = latents[k * shard_size:(k + 1) * shard_size]
         x = x.detach().cpu() if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x, np.float32))

@@ -667,7 +667,7 @@ def add_run_flags(parser):
     data, method, training, machine, files = (
         parser.add_argument_group(title).add_argument
         for title in ("data", "method", "training", "machine", "files"))
-    training("--clip", type=not_negative, default=1.0, help="largest norm of the gradient; 0: any (paper)")
+    training("--clip", type=not_negative, default=1.0, help="largest norm of the gradient (paper); 0: any")
     training("--seed", type=whole(0), default=0, help="of everything random")
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     machine("--precision", choices=("fp32", "bf16"), default="bf16" if bf16 else "fp32",
