@@ -2,11 +2,10 @@
 
     python sanity/random_encoder.py --out runs/sanity/encoder
 
-It is an ordinary Dinov2WithRegistersModel, made so that a token keeps what its patch shows. The patch
-projection turns the patch's lowest frequencies (a DCT, luminance finer than colour) by a random rotation. The
-final LayerNorm removes a token's mean and length, so these are made to hold little: the rotation leaves out
-the direction (1, ..., 1) and that of a bias longer than the signal. Blocks add random features times 0.2.
-Its config.json says "untrained": true; tables and reports then call it RANDOM.
+A Dinov2WithRegistersModel whose tokens keep what their patches show. The patch projection turns the lowest
+frequencies (a DCT, luminance finer than colour) by a random rotation. The final LayerNorm removes a token's
+mean and length, so these hold little: the rotation leaves out the direction (1, ..., 1) and that of a bias
+longer than the signal. Blocks add random features times 0.2. Reports call it RANDOM ("untrained": true).
 """
 import copy
 import functools

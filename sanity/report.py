@@ -46,11 +46,11 @@ class Classifier(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        layers = []
-        for before, width, size in ((3, 32, 5), (32, 64, 3), (64, 128, 3), (128, 128, 3)):
-            layers += [nn.Conv2d(before, width, size, 2 if size == 5 else 1, size // 2, bias=False),
-                       nn.BatchNorm2d(width), nn.ReLU(), nn.Identity() if size == 5 else nn.MaxPool2d(2)]
-        self.trunk, self.last = nn.Sequential(*layers[:11]), nn.Sequential(*layers[11:-1])
+        layers = [nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        for before, width in ((32, 64), (64, 128), (128, 128)):
+            conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        self.trunk, self.last = nn.Sequential(*layers[:10]), nn.Sequential(*layers[10:-1])
         self.head = nn.Linear(128, classes)
 
     def forward(self, images):
@@ -76,11 +76,9 @@ def classifier(path, train, sample, steps, seed, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier(len(train.classes)).to(device)
-    parts, about, _ = read_tensors(path) if path.exists() else ({}, {}, {})
-    if about == {"key": key.hexdigest()}:
-        net.load_state_dict(parts[""])
+    if path.exists() and read_tensors(path)[1] == {"key": key.hexdigest()}:
+        net.load_state_dict(read_tensors(path)[0][""])
     else:
-        say(f"fitting a classifier to {len(train):,} images")
         fit(net, *read(train, range(len(train))), steps, seed, device)
         write_tensors(path, {"": net.state_dict()}, {"key": key.hexdigest()})
     return net.eval()
@@ -94,10 +92,11 @@ def read(images, indices):
 def read_samples(path, size, classes, nfe=None):
     """A file of sample.py's -> uint8 (N, 3, S, S), labels (N,), which must be i mod `classes`."""
     images, made = NpzImages(path), read_about(path)["nfe"]
-    labels, wanted = torch.from_numpy(np.load(path)["arr_1"]), torch.arange(len(images)) % classes
-    if (images.image_size, made) != (size, nfe or made) or not torch.equal(labels, wanted):
-        raise InputError(f"{path} has {images.image_size} px, --nfe {made}; wanted are {size}, {nfe or ''}, "
-                         f"and image i of class i mod {classes}")
+    labels = torch.arange(len(images)) % classes
+    found = torch.from_numpy(np.load(path)["arr_1"])
+    if (images.image_size, made) != (size, nfe or made) or not torch.equal(labels, found):
+        raise InputError(f"{path}, {images.image_size} px, --nfe {made}: wanted are {size} px, {nfe or made} "
+                         f"evaluations, image i of class i mod {classes}")
     return images.read(range(len(images)))[0], labels
 
 
@@ -135,16 +134,15 @@ def likeness(images, teacher, classes):
 def judge(rows, held_out_count):
     """What must hold, as far as there are rows, and whether it does."""
     fewest = min(held_out_count, *(row["count"] for row in rows.values()))
-    checks = [{"statement": "images >= 5000", "figures": str(fewest), "holds": fewest >= 5000}]
+    checks = [("images >= 5000", str(fewest), fewest >= 5000)]
     for kind, name, relation, c, sign, other in CHECKS:
         for column in ("encoder", "classifier") if kind == "distance" else (kind,):
             if {name, other} <= {*rows, ""}:
                 a, b = (rows[row][column] if row else 0 for row in (name, other))
                 b = c * b if sign == "x" else c + b
-                holds = a >= b if relation == ">=" else a <= b
-                checks.append({"statement": f"{column}: {name} {relation} {c} {sign} {other}".rstrip(),
-                               "figures": f"{a:.4g}, {b:.4g}", "holds": holds})
-    return checks
+                checks.append((f"{column}: {name} {relation} {c} {sign} {other}".rstrip(),
+                               f"{a:.4g}, {b:.4g}", a >= b if relation == ">=" else a <= b))
+    return [dict(zip(("statement", "figures", "holds"), check, strict=True)) for check in checks]
 
 
 def read_seconds(run):
@@ -196,7 +194,7 @@ def write_report(path, result):
         "No figure here can stand beside a published FID; docs/RESULTS.md says what the columns are.",
         "![picture](picture.png)", table([{"": name, **row} for name, row in result["rows"].items()]),
         table(result["checks"]), f"**{failed} do not hold.**" if failed else "All of it holds.",
-        f"Made by `{made['command']}` on {made['date']}: {made['device']}, commit {made['commit']}.\n"])
+        f"`{made['command']}`, {made['date']}, {made['device']}, commit {made['commit']}\n"])
     write_atomically(path, lambda file: file.write(text.encode()))
     say(text)
 
@@ -227,20 +225,19 @@ def main(argv=None):
     train = Images(data / "train" if (data / "train").is_dir() else data, size)
     held_out, classes = Images(args.held_out or data / "held-out", size), train.classes
     if not classes == held_out.classes == about["classes"] or decoder.shape != encoder.shape:
-        raise InputError(f"{train.path}, {held_out.path}, {folder} and the decoder do not fit together: "
-                         "other classes, or other latents")
-    usual = [(name, f"{run}/samples/{name.lower().replace(' ', '_')}") for name in COLUMNS]
-    usual = [f"{name}={path}.npz:{name.split()[1]}" for name, path in usual]
+        raise InputError(f"{train.path}, {held_out.path}, {folder}, decoder: other classes, or other latents")
+    files = args.samples or [
+        f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz:{name.split()[1]}" for name in COLUMNS]
     samples, nfe, seeds = {}, {}, set()
-    for text in args.samples or usual:
+    for text in files:
         found = re.fullmatch("(.+)=([^=]+):([0-9]+)", text)
         if not found or found[1] in nfe:
             raise InputError(f"--samples {text}: it must be NAME=FILE:NFE, and every NAME once")
-        nfe[found[1]] = int(found[3])
-        samples[found[1]] = read_samples(found[2], size, len(classes), int(found[3]))
-        seeds.add(read_about(found[2])["seed"])
+        name, path, nfe[name] = found[1], found[2], int(found[3])
+        samples[name] = read_samples(path, size, len(classes), nfe[name])
+        seeds.add(read_about(path)["seed"])
     if len(seeds) > 1:
-        raise InputError(f"the sample files have seeds {seeds}: give files of one, of the same noise")
+        raise InputError(f"samples of seeds {seeds}: give files of one, of the same noise")
 
     real, y = held_out.read(range(len(held_out)))
     first = [y.tolist().index(k) for k in range(len(classes))][:16]
@@ -248,7 +245,6 @@ def main(argv=None):
     spaced = np.linspace(0, len(train) - 1, min(len(held_out), len(train))).round().astype(int)
     other, labels = train.read(spaced.tolist())
     net = classifier(run / "classifier.safetensors", train, other, args.classifier_steps, args.seed, device)
-    say(f"measuring {len(real):,} held-out images, {len(other):,} others, and {len(samples)} sample files")
     reference, of_held_out = measure(real, y, encoder, net, device)
     sets = {"real": (other, labels), "decoded real": (decode(other, encoder, decoder, device), labels)}
     seconds, rows, teacher = read_seconds(run), {}, samples.get("teacher 50")
@@ -264,9 +260,9 @@ def main(argv=None):
     shown = {"real": real[first], "decoded real": decode(real[first], encoder, decoder, device)}
     shown |= {name: images[:len(first)] for name, (images, _) in samples.items()}
     draw_picture(run / "picture.png", shown, classes[:16])
-    versions = {name: version(name) for name in ("numpy", "pillow", "transformers")}
     result = {"encoder": about["encoder"], "train": {"name": train.path.name, "count": len(train)},
-              "settings": vars(args), "provenance": {**provenance(), **versions},
+              "settings": vars(args), "provenance": {
+                  **provenance(), **{name: version(name) for name in ("numpy", "pillow", "transformers")}},
               "held_out": {"name": held_out.path.name, "count": len(real), "accuracy": of_held_out},
               "rows": rows, "seconds": seconds, "checks": judge(rows, len(real))}
     write_json(run / "report.json", result)

@@ -58,7 +58,7 @@ def similarities(z):
 @torch.no_grad()
 def accuracies(net, bank, kept):
     """Of 20 nearest neighbours (cosine, DINO's weights) and a linear probe (ridge regression of standardized
-    z), on the images `kept`, learned from those of `bank`: (uint8 images, labels)."""
+    z) on `kept`, learned from `bank`: (uint8 images, labels)."""
     one_hot = F.one_hot(bank[1]).float()
     z, z_kept = (torch.cat([features(net, x.to(net.device).float() / 255).cpu() for x in images.split(250)])
                  for images, _ in (bank, kept))
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data-path", type=location, required=True, help="class folders, or a .zip of them")
-    add("--out", type=location, default="runs/encoder", help="folder for states, log and the encoder")
+    add("--out", type=location, default="runs/encoder", help="for states, log and the encoder")
     add("--objective", choices=("labels", "self"), default="labels", help="what the encoder learns from")
     add("--image-size", type=whole(), default=32, help="pixels, a multiple of --patch")
     add("--flips", action="store_true", help="mirror images, where that keeps their meaning")
@@ -90,10 +90,10 @@ def main(argv=None):
     images = remember(Images(args.data_path, args.image_size))
     kept = min(KEPT_OUT, len(images) // 10)
     if len(images.classes) < 2 or kept < 1:
-        raise InputError(f"{args.data_path}: needed are two class folders or more, of 10 images together")
+        raise InputError(f"{args.data_path}: needed are two class folders or more, of 10 images")
     torch.manual_seed(args.seed)
     net = dinov2(*sizes, args.image_size)
-    for unused in (net.layernorm, net.embeddings.mask_token):   # latents are without the norm's affine part
+    for unused in (net.layernorm, net.embeddings.mask_token):              # not in the latents
         unused.requires_grad_(False)
     order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
     judges = images.read(order[kept:kept + BANK]), images.read(order[:kept])

@@ -68,7 +68,7 @@ def decoder_arguments(folder, out="run/decoder"):
             *"--steps 6 --save-every 3 --batch-size 8".split()]
 
 
-# ---- digits ----------------------------------------------------------------------------------------------------------
+# ---- digits
 def test_digits_follow_from_their_key_and_can_be_read():
     image = digits.draw(3, "train", 7, 11, 32)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and (image == digits.draw(3, "train", 7, 11, 32)).all()
@@ -84,9 +84,7 @@ def test_digits_follow_from_their_key_and_can_be_read():
 
 def test_digits_folder(chain, tmp_path, capsys):
     folder, first = chain / "digits", chain / "digits/train/0/00000.png"
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "digits.json", "held-out", "train"]
-    for split, count in (("train", 20), ("held-out", 6)):
-        assert [len(list((folder / split / str(k)).iterdir())) for k in range(10)] == [count] * 10
+    assert [len(list(folder.glob(f"{split}/{k}/*"))) for split in ("train", "held-out") for k in range(10)] == [20] * 10 + [6] * 10
     assert (np.asarray(Image.open(folder / "held-out/4/00005.png")) == digits.draw(0, "held-out", 4, 5, 16)).all()
     before = first.stat().st_mtime_ns
     digits.main(["--out", str(folder), *DIGITS])
@@ -97,15 +95,14 @@ def test_digits_folder(chain, tmp_path, capsys):
     assert first.exists() and read_json(folder / "digits.json")["complete"]
     with pytest.raises(InputError, match="holds other work .seed"):
         digits.main(["--out", str(folder), *DIGITS, "--seed", "1"])
-    (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
-        digits.main(["--out", str(tmp_path)])
+        digits.main(["--out", f"{folder}/train"])
     with pytest.raises(SystemExit, match="2"):
         digits.main(["--out", str(tmp_path / "new"), "--train", "15"])
     assert "multiple" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-# ---- decoder ---------------------------------------------------------------------------------------------------------
+# ---- decoder
 def test_decoder_loss_alone():
     space = {"torch": torch}
     exec(inspect.getsource(train_decoder.decoder_loss), space)
@@ -118,8 +115,8 @@ def test_decoder_loss_alone():
 
 def same_run(a, b):
     """Two runs' newest states, bit for bit."""
-    a, b = state(a), state(b)
-    return a.keys() == b.keys() and all(torch.equal(a[part][k], b[part][k]) for part in a for k in a[part].keys() | b[part].keys())
+    a, b = ({f"{part}/{name}": x for part, tensors in state(run).items() for name, x in tensors.items()} for run in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def stopped_at_its_first_state(main, arguments, step, monkeypatch):
@@ -148,11 +145,6 @@ def test_decoder_goes_on_bit_for_bit(chain, monkeypatch, capsys):
     assert same_run(chain / "run/decoder", chain / "stopped")
     line = model.read_log(chain / "stopped")[-1]
     assert line["step"] == 6 and 0 < line["held_out_l1"] < 1 and line["psnr"] > 0
-    net, about = model.load_decoder(chain / "stopped")
-    assert net.shape == (16, 2, 2) and net.patch_size == 8 and about["stats"]["mean"].shape == (16, 2, 2)
-    assert net.decoder_layers[0].heads == 4 and about["num_heads"] == 4
-    train_decoder.main([*arguments, "--steps", "8"])
-    assert model.read_log(chain / "stopped")[-1]["step"] == 8
 
 
 def test_decoder_refuses_other_images(chain, tmp_path):
@@ -166,7 +158,7 @@ def test_decoder_refuses_other_images(chain, tmp_path):
     assert not (chain / "other").exists()
 
 
-# ---- encoder ---------------------------------------------------------------------------------------------------------
+# ---- encoder
 def test_views():
     x = torch.rand(64, 3, 16, 16, generator=generator("cpu", 0))
     a, b, other = (train_encoder.view(x, generator("cpu", key), True) for key in (1, 1, 2))
@@ -233,8 +225,6 @@ def test_encoder_learns_goes_on_and_encodes(objective, chain, tmp_path, monkeypa
     assert not (stopped / "config.json").exists()
     train_encoder.main([*arguments, str(stopped)])
     assert same_run(whole, stopped) and (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match="other work .width"):
-        train_encoder.main([*arguments, str(whole), "--width", "18", "--heads", "3"])
     config, net = read_json(whole / "config.json"), encode_latents.Encoder(whole, 16, 16)
     assert not net.about["untrained"] and net.shape == (16, 4, 4) and config["training"]["objective"] == objective
     x, _ = encode_latents.Images(chain / "digits/train", 16).read([0, 50, 100])            # what was trained is what is encoded
@@ -250,7 +240,7 @@ def test_encoder_refuses(chain, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---- report ----------------------------------------------------------------------------------------------------------
+# ---- report
 def report_arguments(chain, *more):
     files = [f"{name}={chain}/run/samples/{name.lower().replace(' ', '_')}.npz:{nfe}" for name, nfe in NAMES.items()]
     return ["--run", f"{chain}/run", "--data", f"{chain}/digits", "--classifier-steps", "8", "--samples", *files, *more]
@@ -273,7 +263,7 @@ def test_report(chain, monkeypatch):
     for check in numbers["checks"]:
         assert f"| {check['statement']} | {check['figures']} | {check['holds']} |" in text
     assert not numbers["checks"][0]["holds"] and "do not hold.**" in text                # 60 images are not 5,000
-    assert Image.open(chain / "run/picture.png").width > 6 * 96 and (chain / "run/picture.png").stat().st_size < 1e6
+    assert Image.open(chain / "run/picture.png").width > 6 * 96
     report.main(report_arguments(chain))                                                 # the classifier is kept,
     assert len(fits) == 1 and read_json(chain / "run/report.json")["rows"] == rows
     held_out = encode_latents.Images(chain / "digits/held-out", 16)                      # and known by its images
@@ -310,7 +300,7 @@ def test_judge():
         assert holds(**changes).count(False) == failing, changes
 
 
-# ---- logs ------------------------------------------------------------------------------------------------------------
+# ---- logs
 def test_plot_logs(tmp_path):
     """Two logs, one with a line that a crash has cut, in one picture; a folder without a log is named."""
     pytest.importorskip("matplotlib")
@@ -322,11 +312,10 @@ def test_plot_logs(tmp_path):
     assert Image.open(tmp_path / "logs.png").width > 500
     for argv, message in (([f"{tmp_path}"], "no log in"), ([f"{tmp_path}/a", "--keys", "fid"], "none of fid")):
         with pytest.raises(InputError, match=message):
-            plot_logs.main([*argv, "--out", f"{tmp_path}/other.png"])
-    assert not (tmp_path / "other.png").exists()
+            plot_logs.main(argv)
 
 
-# ---- random data of the real shapes ------------------------------------------------------------------------------------
+# ---- random data of the real shapes
 def test_synthetic_data_train_every_stage(tmp_path):
     """And leave their logs alone, whose numbers are not all 0."""
     z = synthetic.random_latents(40, (12, 4, 4))
@@ -354,13 +343,11 @@ def test_synthetic_says_what_it_takes(tmp_path, capsys):
     assert encode_latents.Latents(tmp_path / "x/latents").shape == (768, 16, 16)
     with pytest.raises(InputError, match="images: 4 there, 5 now"):
         synthetic.main([*argv[:-1], "5"])
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("")
     with pytest.raises(InputError, match="holds something else"):
-        synthetic.main(["--out", f"{tmp_path}/mine"])
+        synthetic.main(["--out", f"{tmp_path}/x/latents"])
 
 
-# ---- A GPU's plans ---------------------------------------------------------------------------------------------------
+# ---- A GPU's plans
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     """A copy of the scripts, and a Python that only writes down what it is to run: `plan(SCRIPT, ...)` -> status, commands."""
