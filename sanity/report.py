@@ -2,9 +2,8 @@
 
     python sanity/report.py --run runs/sanity --data data/digits   # -> report.md, report.json, picture.png
 
-Frechet distances to held-out images are of the latents' encoder, and of the third block of a classifier that
-is fitted here to the training images. Its last block does not judge: little is left there but the class.
-docs/RESULTS.md says what the columns are.
+Frechet distances to held-out images: of the latents' encoder, and of the third block of a classifier that is
+fitted here to the training images. Its last block does not judge: it knows little but the class.
 """
 import hashlib
 import io
@@ -93,8 +92,7 @@ def read_samples(path, size, classes, nfe=None):
     """A file of sample.py's -> uint8 (N, 3, S, S), labels (N,), which must be i mod `classes`."""
     images, made = NpzImages(path), read_about(path)["nfe"]
     labels = torch.arange(len(images)) % classes
-    found = torch.from_numpy(np.load(path)["arr_1"])
-    if (images.image_size, made) != (size, nfe or made) or not torch.equal(labels, found):
+    if (images.image_size, made) != (size, nfe or made) or not np.array_equal(np.load(path)["arr_1"], labels):
         raise InputError(f"{path}, {images.image_size} px, --nfe {made}: wanted are {size} px, {nfe or made} "
                          f"evaluations, image i of class i mod {classes}")
     return images.read(range(len(images)))[0], labels
@@ -103,7 +101,7 @@ def read_samples(path, size, classes, nfe=None):
 @torch.no_grad()
 def measure(images, labels, encoder, net, device):
     """-> {space: Moments} of features averaged over positions; the classifier's accuracy."""
-    moments, hits = {"encoder": Moments(), "classifier": Moments(), "last_block": Moments()}, 0
+    moments, hits = {space: Moments() for space in ("encoder", "classifier", "last_block")}, 0
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         x = x.to(device)
         *features, logits = net(x)
@@ -127,8 +125,8 @@ def decode(images, encoder, decoder, device):
 def likeness(images, teacher, classes):
     n = min(len(images), len(teacher))
     x, t = images[:n].float(), teacher[:n].float()
-    other = (x - t.roll(classes, 0)).square().mean().item()
-    return (x - t).square().mean().item() / other if other else 0.0
+    same, other = ((x - y).square().mean().item() for y in (t, t.roll(classes, 0)))
+    return same / other if other else 0.0
 
 
 def judge(rows, held_out_count):
@@ -169,7 +167,7 @@ def draw_picture(path, columns, names):
     for column, title in enumerate(titles):
         narrow = ImageFont.load_default(14 * min(1, cell / max(map(font.getlength, title.split("\n")))))
         pen.text((x[column] + cell / 2, top / 2), title, "black", narrow, "mm", align="center")
-    # Smoothly enlarged photographs can be too many bytes: then as squares, then with a palette.
+    # Of photographs, smoothly enlarged, too many bytes: then as squares, then with a palette.
     smooth, squares = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
     for resampling, colours in ((smooth, 0), (squares, 0), (smooth, 256)):
         for column, images in enumerate(columns.values()):

@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--out", type=location, default="runs/encoder", help="for states, log and the encoder")
     add("--objective", choices=("labels", "self"), default="labels", help="what the encoder learns from")
     add("--image-size", type=whole(), default=32, help="pixels, a multiple of --patch")
-    add("--flips", action="store_true", help="mirror images, where that keeps their meaning")
+    add("--flips", action="store_true", help="mirror images")
     add_sizes(parser, width=128, depth=6)
     add_training(parser, steps=6000, batch_size=64, lr=1e-3, ema=0.996, save_every=500)
     return parser.parse_args(argv)
