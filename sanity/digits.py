@@ -2,11 +2,9 @@
 
     python sanity/digits.py --out data/digits     -> data/digits/train/CLASS/00000.png, .../held-out/...
 
-Ten classes, `0` .. `9`; size, place, angle and the two colours vary. An image follows from seed, split, class
-and index alone, so that asking for more changes none of the earlier ones. From here on they take the same way
-as photographs.
+Ten classes; size, place, angle and the two colours vary. An image follows from seed, split, class and index
+alone, so that asking for more changes none of the earlier ones.
 """
-import argparse
 import functools
 import hashlib
 import math
@@ -73,23 +71,18 @@ def write_class(out, seed, split, digit, count, size):
         image.save(folder / f"{index:05}.png", compress_level=1)
 
 
-def tens(text):
-    """An argparse type: as many images of each of the ten classes."""
-    count = whole(10)(text)
-    if count % 10:
-        raise argparse.ArgumentTypeError(f"{text!r}: give multiples of 10, every class gets as many")
-    return count
-
-
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", default="data/digits", help="folder to write")
-    add("--train", type=tens, default=20000, metavar="IMAGES", help="images to train on, a multiple of 10")
-    add("--held-out", type=tens, default=5000, metavar="IMAGES", help="others, for the evaluation, likewise")
+    add("--train", type=whole(10), default=20000, metavar="IMAGES", help="to train on, a multiple of 10")
+    add("--held-out", type=whole(10), default=5000, metavar="IMAGES", help="for the evaluation, likewise")
     add("--image-size", type=number(int, 8, 2 ** 12), default=32, metavar="PX", help="pixels")
     add("--seed", type=whole(0), default=0, help="other seeds draw other images")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.train % 10 or args.held_out % 10:
+        parser.error("--train and --held-out must be multiples of 10: every class has as many")
+    return args
 
 
 def main(argv=None):

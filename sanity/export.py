@@ -4,9 +4,8 @@
     python sanity/export.py runs/decoder --autoencoder data/latents --out my_rae
 
 The first writes model.safetensors, with the latent statistics and what a state says of itself, and
-config.json, the same for people to read. Scripts and `load_network` take the folder or the file, and a run
-that begins from either knows it for the same network. The second writes a folder that diffusers'
-AutoencoderRAE.from_pretrained loads: the decoder, with the encoder and the statistics of latents.
+config.json, the same for people to read: scripts and `load_network` take folder or file. The second writes
+what diffusers' AutoencoderRAE.from_pretrained loads: decoder, encoder, the statistics of latents.
 """
 import sys
 from pathlib import Path
@@ -37,17 +36,14 @@ def network(source):
 
 
 def autoencoder(decoder, stats, encoder):
-    """-> tensors and config.json of a ViTDecoder, {"mean", "var"} and an encode_latents.Encoder.
+    """-> tensors and config.json, by diffusers 0.42, of a ViTDecoder, {"mean", "var"} and an Encoder.
 
-    That class (diffusers 0.42) makes its encoder with heads of 64 channels and positions for 518 px:
-    InputError for an encoder unlike that. It builds its table of positions for a 16 x 16 base, and adds 1e-5
-    to the stored deviation, which holds it already."""
+    InputError: an encoder that it cannot hold. It adds 1e-5 to the deviation, which holds it already."""
     net = encoder.net.config
     kind = net.model_type, net.hidden_size // net.num_attention_heads, net.image_size, encoder.shape
     if kind != ("dinov2_with_registers", 64, 518, decoder.shape):
         raise InputError(f"AutoencoderRAE cannot hold the encoder {encoder.about['id']}: it wants DINOv2 "
-                         "with registers, heads of 64 channels, positions for 518 px, and latents "
-                         f"{decoder.shape}")
+                         f"with registers, heads of 64, positions for 518 px, latents {decoder.shape}")
     if [list(x) for x in decoder.image_norm] != encoder.about["identity"]["image_norm"]:
         raise InputError("AutoencoderRAE has one mean and std of pixels: the encoder's are "
                          f"{encoder.about['identity']['image_norm']}, the decoder's {decoder.image_norm}")

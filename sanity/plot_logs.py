@@ -1,7 +1,6 @@
 """Draws the logs of one or several runs as a picture; needs matplotlib.
 
-    python sanity/plot_logs.py runs/cmt runs/meanflow --out logs.png
-    python sanity/plot_logs.py runs/a runs/b --keys mse grad_norm --out logs.png
+    python sanity/plot_logs.py runs/cmt runs/meanflow --keys mse grad_norm --out logs.png
 """
 import sys
 from pathlib import Path
@@ -38,13 +37,13 @@ def main(argv=None):
     for ax in axes.flat[len(keys):]:
         ax.remove()
     for ax, key in zip(axes.flat, keys, strict=False):
-        # A colour for each run, whether or not it has this entry.
+        low, high = float("inf"), 0
         for k, (run, log) in enumerate(logs.items()):
-            points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
-            steps, values = [step for step, _ in points], [value for _, value in points]
+            steps, values = [[line[x] for line in log if line.get(key) is not None] for x in ("step", key)]
+            # A colour for each run, whether or not it has this entry.
             ax.plot(steps, values, color=f"C{k % 10}", label=run, linewidth=1)
-        values = [line[key] for log in logs.values() for line in log if line.get(key) is not None]
-        if values and min(values) > 0 and max(values) > 20 * min(values):
+            low, high = min([low, *values]), max([high, *values])
+        if low > 0 and high > 20 * low:
             ax.set_yscale("log")
         ax.set_title(key, fontsize=10)
         ax.set_xlabel("step", fontsize=8)

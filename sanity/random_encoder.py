@@ -2,12 +2,13 @@
 
     python sanity/random_encoder.py --out runs/sanity/encoder
 
-It is an ordinary Dinov2WithRegistersModel, made so that a token keeps what its patch shows. The patch
-projection turns the patch's lowest frequencies (a DCT, luminance finer than colour) by a random rotation. The
-final LayerNorm removes a token's mean and length, so these are made to hold little: the rotation leaves out
-the direction (1, ..., 1) and that of a bias longer than the signal. Blocks add random features times 0.2.
-Its config.json says "untrained": true; tables and reports then call it RANDOM.
+A Dinov2WithRegistersModel whose tokens keep what their patches show. The patch projection turns the lowest
+frequencies (a DCT, luminance finer than colour) by a random rotation. The final LayerNorm removes a token's
+mean and length, so these hold little: the rotation leaves out the direction (1, ..., 1) and that of a bias
+longer than the signal. Blocks add random features times 0.2. Reports call it RANDOM ("untrained": true).
 """
+import copy
+import functools
 import json
 import math
 import sys
@@ -18,9 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from encode_latents import batches_of, read_ahead  # noqa: E402
 from model import (  # noqa: E402
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, digest_of, generator, location, lock,
-    read_json, read_tensors, refuse_other, say, whole, write_json, write_tensors)
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, Log, begin_run, command, digest_of, generator,
+    location, lock, positive, read_json, read_tensors, refuse_other, save_state, say, stop_signals, whole,
+    write_json, write_tensors)
 
 
 def dinov2(width, depth, heads, patch, image_size, **more):
@@ -96,6 +99,61 @@ def add_sizes(parser, width=64, depth=2, heads=4, patch=8):
     add("--patch", type=whole(), default=patch, help="side of a patch in pixels")
 
 
+# ---- What train_encoder.py and train_decoder.py share ----------------------------------------------------
+def remember(images):
+    """Up to 2 GB of decoded images: of a small set, each is decoded once."""
+    images.pixels = functools.lru_cache(2 ** 31 // (3 * images.image_size ** 2))(images.pixels)
+    return images
+
+
+def add_training(parser, **defaults):
+    """The flags of `train`."""
+    add = parser.add_argument
+    add("--steps", type=whole(), help="of the optimizer")
+    add("--batch-size", type=whole(), help="images")
+    add("--lr", type=positive, help="of AdamW at its highest")
+    add("--seed", type=whole(0), default=0, help="of everything random")
+    add("--save-every", type=whole(), metavar="STEPS", help="steps between states")
+    add("--workers", type=whole(0), default=1, help="threads that read ahead; 0: read in place")
+    parser.set_defaults(**defaults, log_every=100, keep=1, keep_every=None)
+
+
+def train(args, about, net, read, order, loss_of, rate, judge, clip=math.inf, **adamw):
+    """Train `net`, or go on; returns its average.
+
+    read: some of `order` -> a batch; loss_of: (step, *batch) -> loss, numbers; rate: step -> learning rate;
+    judge: average -> numbers for the log, at each state."""
+    average = copy.deepcopy(net).requires_grad_(False)
+    weights, averages = [*net.parameters()], [*average.parameters()]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), **adamw)
+    first_step, seconds = begin_run(about, net, average, optimizer)
+    size, log = args.batch_size, Log(args, first_step, seconds)
+    rows = batches_of(len(order), args.seed, size, [(0, size)], first_step, args.steps)
+    batches = read_ahead(read, ([order[i] for i in batch] for batch in rows), args.workers)
+    with stop_signals() as stopped:
+        for step, batch in enumerate(batches, first_step + 1):
+            loss, numbers = loss_of(step, *batch)
+            loss.backward()
+            log.add(loss, numbers)
+            log.end_step(nn.utils.clip_grad_norm_(weights, clip))
+            lr = optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():                 # it soon forgets the random start
+                torch._foreach_lerp_(averages, weights, 1 - min(args.ema, step / (10 + step)))
+            stop = stopped()
+            saves = stop or step == args.steps or step % args.save_every == 0
+            if saves or step == 1 or step % args.log_every == 0:
+                log.write(step, lr, **judge(average) if saves else {})
+            if saves:
+                save_state(about, step, log.seconds, net, average, optimizer)
+            if stop:
+                say(f"stopped after step {step}: the same command goes on")
+                sys.exit(128 + stop)
+    return average
+
+
+# ---- By command ------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument

@@ -1,11 +1,7 @@
 """Random latents and a random teacher at the real shapes: does a size fit, how fast is it?
 
     python sanity/synthetic.py --out runs/synthetic      # 256 px, XL: 0.4 GB of latents, a teacher of 3.4 GB
-    python train_meanflow.py --latents runs/synthetic/latents --teacher runs/synthetic/teacher \\
-        --init runs/synthetic/teacher --out runs/synthetic/try --steps 20 --log-every 5 --save-every 0
-
-Any stage takes them; with --save-every 0 it leaves its log alone. The last layer of the teacher is random
-too: with the zeros that it begins with, all velocities and most gradients would be 0.
+    python train_teacher.py --latents runs/synthetic/latents --out runs/try --steps 20 --save-every 0
 """
 import sys
 from pathlib import Path
@@ -21,10 +17,8 @@ from model import (  # noqa: E402
 
 def random_latents(count, shape):
     """float16 (count, C, H, W), N(0, 1)."""
-    z = torch.empty(count, *shape, dtype=torch.float16)
-    for i in range(count):
-        z[i] = torch.randn(shape, generator=generator("cpu", "synthetic", i))
-    return z
+    keys = (("synthetic", i) for i in range(count))
+    return torch.stack([torch.randn(shape, generator=generator("cpu", *key)).half() for key in keys])
 
 
 def write_teacher(out, latents, classes, preset, seed=0):
@@ -33,7 +27,7 @@ def write_teacher(out, latents, classes, preset, seed=0):
     stats = load_stats(latents)
     channels, grid, _ = stats["var"].shape
     net = DiTDH(grid, channels, **DIT_PRESETS[preset], num_classes=classes)
-    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)         # of 0, velocities would be 0
     about = {"kind": "teacher", "classes": [str(i) for i in range(classes)]}
     write_tensors(out / "model.safetensors", {"": net.state_dict(), "stats": stats}, about)
 

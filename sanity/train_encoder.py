@@ -3,16 +3,13 @@
     python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder           # from labels
     python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder --objective self
 
-An ordinary Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens after the final
-LayerNorm without its affine part; z, their mean, stands for the image. labels: cross entropy of a linear
-layer on z. self: two views of an image find each other among the batch's (SimCLR, arXiv 2002.05709).
-The network saved is the average of the weights. Logged at each state: k-NN and linear-probe accuracy on a
-tenth of the images, kept out; said at the start: those of random weights. The same command goes on.
+A Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens; z, their mean, stands for
+the image. labels: cross entropy of a linear layer on z. self: two views of an image find each other among
+the batch's (SimCLR, arXiv 2002.05709). The weights' average is saved; each state logs k-NN and linear-probe
+accuracy on a tenth of the images, kept out.
 """
-import copy
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,18 +17,18 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encode_latents import Images, batches_of, read_ahead  # noqa: E402
+from encode_latents import Images  # noqa: E402
 from model import (  # noqa: E402
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, Log, begin_run, command, generator, launch, location,
-    positive, save_state, say, stop_signals, whole)
-from sanity.random_encoder import add_sizes, dinov2, random_dinov2, save_dinov2  # noqa: E402
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, generator, launch, location, say, whole)
+from sanity.random_encoder import (  # noqa: E402
+    add_sizes, add_training, dinov2, random_dinov2, remember, save_dinov2, train)
 
 BANK, KEPT_OUT = 5000, 2000                       # images to judge by and on, at most
 
 
 def view(x, g, flips, smallest=0.3, tint=0.0):
-    """x: (B, 3, S, S) in [0, 1] -> crops of `smallest` to 1 of the area, perhaps mirrored, in other
-    contrast, saturation and light, which differs by up to `tint` between the colours."""
+    """x: (B, 3, S, S) in [0, 1] -> crops of `smallest` to 1 of the area, perhaps mirrored, in other contrast,
+    saturation and light, which differs by up to `tint` between the colours."""
     area, left, top, turn, colour, contrast, light = torch.rand(7, len(x), 1, 1, 1, generator=g).to(x.device)
     size, none = (smallest + (1 - smallest) * area).sqrt(), torch.zeros_like(area)
     width = torch.where(turn < 0.5, -size, size) if flips else size
@@ -61,7 +58,7 @@ def similarities(z):
 @torch.no_grad()
 def accuracies(net, bank, kept):
     """Of 20 nearest neighbours (cosine, DINO's weights) and a linear probe (ridge regression of standardized
-    z), on the images `kept`, learned from those of `bank`: (uint8 images, labels)."""
+    z) on `kept`, learned from `bank`: (uint8 images, labels)."""
     one_hot = F.one_hot(bank[1]).float()
     z, z_kept = (torch.cat([features(net, x.to(net.device).float() / 255).cpu() for x in images.split(250)])
                  for images, _ in (bank, kept))
@@ -76,20 +73,13 @@ def accuracies(net, bank, kept):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data-path", type=location, required=True, help="images: class folders, or a .zip of them")
-    add("--out", type=location, default="runs/encoder", help="folder for states, log and the encoder")
+    add("--data-path", type=location, required=True, help="class folders, or a .zip of them")
+    add("--out", type=location, default="runs/encoder", help="for states, log and the encoder")
     add("--objective", choices=("labels", "self"), default="labels", help="what the encoder learns from")
     add("--image-size", type=whole(), default=32, help="pixels, a multiple of --patch")
+    add("--flips", action="store_true", help="mirror images")
     add_sizes(parser, width=128, depth=6)
-    add("--flips", action="store_true", help="mirror images, where that keeps their meaning")
-    add("--steps", type=whole(), default=6000, help="of the optimizer")
-    add("--batch-size", type=whole(2), default=64, help="images")
-    add("--lr", type=positive, default=1e-3, help="of AdamW at its highest; cosine to 0")
-    add("--seed", type=whole(0), default=0, help="of everything random")
-    add("--log-every", type=whole(), default=100, metavar="STEPS", help="steps between lines of log.jsonl")
-    add("--save-every", type=whole(), default=500, metavar="STEPS", help="steps between states")
-    add("--workers", type=whole(0), default=1, help="threads that read ahead; 0: read in place")
-    parser.set_defaults(keep=1, keep_every=None)
+    add_training(parser, steps=6000, batch_size=64, lr=1e-3, ema=0.996, save_every=500)
     return parser.parse_args(argv)
 
 
@@ -97,66 +87,48 @@ def main(argv=None):
     args = parse_args(argv)
     device, *_ = launch()
     sizes = (args.width, args.depth, args.heads, args.patch)
-    images = Images(args.data_path, args.image_size)
+    images = remember(Images(args.data_path, args.image_size))
     kept = min(KEPT_OUT, len(images) // 10)
     if len(images.classes) < 2 or kept < 1:
-        raise InputError(f"{args.data_path}: needed are two class folders or more, of 10 images together")
+        raise InputError(f"{args.data_path}: needed are two class folders or more, of 10 images")
     torch.manual_seed(args.seed)
     net = dinov2(*sizes, args.image_size)
-    for unused in (net.layernorm, net.embeddings.mask_token):   # latents are without the norm's affine part
+    for unused in (net.layernorm, net.embeddings.mask_token):              # not in the latents
         unused.requires_grad_(False)
     order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
     judges = images.read(order[kept:kept + BANK]), images.read(order[:kept])
     random = accuracies(random_dinov2(*sizes).to(device), *judges)
-    head = nn.Linear(args.width, len(images.classes)) if args.objective == "labels" else nn.Sequential(
-        nn.Linear(args.width, 4 * args.width), nn.GELU(), nn.Linear(4 * args.width, args.width))
+    width, by_labels = args.width, args.objective == "labels"
+    head = nn.Linear(width, len(images.classes)) if by_labels else nn.Sequential(
+        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
     student = nn.ModuleList([net, head]).to(device)
-    average = copy.deepcopy(student).requires_grad_(False)
-    trained = [name for name, p in student.named_parameters() if p.requires_grad]
-    weights, averages = ([x.get_parameter(name) for name in trained] for x in (student, average))
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
+
+    def loss_of(step, x, target):
+        g = generator("cpu", args.seed, "encoder", step)
+        x, target = x.to(device).float() / 255, target.to(device)
+        if by_labels:
+            answers = head(features(net, view(x, g, args.flips)))
+        else:
+            x = torch.cat([view(x, g, args.flips, smallest=0.2, tint=0.3) for _ in range(2)])
+            answers = similarities(head(features(net, x)))
+            target = torch.arange(len(x), device=device).roll(len(x) // 2)        # the other view
+        return F.cross_entropy(answers, target), {}
+
+    def rate(step):
+        part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        return args.lr * part
+
+    def judge(average):
+        return accuracies(average[0], *judges)
+
     about = {"kind": "encoder", "stats": {}, "settings": {**vars(args), "sha256 of images": images.sha256}}
-    first_step, seconds = begin_run(about, student, average, optimizer)
     say(f"random weights: {random}")
-
-    rest, log = order[kept:], Log(args, first_step, seconds)
-    rows = batches_of(len(rest), args.seed, args.batch_size, [(0, args.batch_size)], first_step, args.steps)
-    batches = read_ahead(images.read, ([rest[i] for i in batch] for batch in rows), args.workers)
-    with stop_signals() as stopped:
-        for step, (x, target) in enumerate(batches, first_step + 1):
-            g = generator("cpu", args.seed, "encoder", step)
-            x, target = x.to(device).float() / 255, target.to(device)
-            if args.objective == "labels":
-                answers = head(features(net, view(x, g, args.flips)))
-            else:
-                x = torch.cat([view(x, g, args.flips, smallest=0.2, tint=0.3) for _ in range(2)])
-                answers = similarities(head(features(net, x)))
-                target = torch.arange(len(x), device=device).roll(len(x) // 2)    # the other view
-            loss = F.cross_entropy(answers, target)
-            loss.backward()
-            log.add(loss, {})
-            part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-            lr = optimizer.param_groups[0]["lr"] = args.lr * part
-            log.end_step(nn.utils.clip_grad_norm_(weights, 1))
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():                 # it soon forgets the random start
-                torch._foreach_lerp_(averages, weights, 1 - min(0.996, step / (10 + step)))
-
-            stop = stopped()
-            saves = stop or step == args.steps or step % args.save_every == 0
-            if saves or step == 1 or step % args.log_every == 0:
-                log.write(step, lr, **accuracies(average[0], *judges) if saves else {})
-            if saves:
-                save_state(about, step, log.seconds, student, average, optimizer)
-                log.since = time.perf_counter()
-            if stop:
-                say(f"stopped after step {step}: the same command goes on")
-                sys.exit(128 + stop)
-    found = accuracies(average[0], *judges)
+    average = train(
+        args, about, student, images.read, order[kept:], loss_of, rate, judge, clip=1, weight_decay=0.05)
+    found = judge(average)
     training = {**about["settings"], "random": random, "trained": found}
     save_dinov2(Path(args.out), average[0], {"training": training})
-    say(f"{args.out}: averaged weights, {found}; random weights, {random}")
+    say(f"{args.out}: averaged weights, {found}")
 
 
 if __name__ == "__main__":
