@@ -1,11 +1,11 @@
 """Numbers of docs/ that are no steps: computed sizes, the reader, the metrics, XL on a CPU.
 
-    python tests/benchmarks/benchmark.py table        # parameters and multiply-adds of every preset, on the meta device
-    python tests/benchmarks/benchmark.py fit          # the largest micro-batch for cards, presets and stages, computed
-    python tests/benchmarks/benchmark.py metrics      # eval_fid.py's of 50,000 x 2048 features: minutes on a CPU
-    python tests/benchmarks/benchmark.py reader       # the latents' reader from the page cache; writes 0.8 GB
-    python tests/benchmarks/benchmark.py xl           # DiTDH-XL through sample.py, random weights: 6 GB of disk
-    python tests/benchmarks/benchmark.py degradations data/cifar10_train.zip encoder:runs/encoder48
+    python tests/benchmarks/benchmark.py --table        # parameters and multiply-adds of every preset, on the meta device
+    python tests/benchmarks/benchmark.py --fit          # the largest micro-batch for cards, presets and stages, computed
+    python tests/benchmarks/benchmark.py --metrics      # eval_fid.py's of 50,000 x 2048 features: minutes on a CPU
+    python tests/benchmarks/benchmark.py --reader       # the latents' reader from the page cache; writes 0.8 GB
+    python tests/benchmarks/benchmark.py --xl           # DiTDH-XL through sample.py, random weights: 6 GB of disk
+    python tests/benchmarks/benchmark.py --degradations data/cifar10_train.zip encoder:runs/encoder48
 
 GMAC: billions of multiply-adds of one image (half of the floating-point operations), once with the attention's two products of
 scores and values, once, as the paper counts, without. Prints Markdown, or lines.
@@ -241,8 +241,9 @@ def degradations(data, kind, px=32):
          ((n, len(d), f"{d.mean():.5f}", f"{d.std():.5f}" if len(d) > 1 else "") for n, d in distances.items()))
 
 
+COMMANDS = {"--table": table, "--fit": fit, "--metrics": metrics, "--reader": reader, "--xl": xl, "--degradations": degradations}
+
 if __name__ == "__main__":
-    commands = {f.__name__: f for f in (table, fit, metrics, reader, xl, degradations)}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(__doc__)
-    commands[sys.argv[1]](*sys.argv[2:])
+    COMMANDS[sys.argv[1]](*sys.argv[2:])
