@@ -55,11 +55,11 @@ WORLD = {"random_encoder.py": "encoder", "encode_latents.py": "latents", "train_
 
 def watch(root, k, kind):
     """Count the calls that change what lies under `root`, and do to the k-th what `kind` says."""
-    seen, fsync, truncate = [], os.fsync, os.truncate
+    seen, fsync, truncate, process = [], os.fsync, os.truncate, os.getpid()
 
     def at(name, path, tears=False, needs_space=False):
         path = os.path.abspath(path)
-        if not path.startswith(f"{root}/"):
+        if not path.startswith(f"{root}/") or os.getpid() != process:
             return
         seen.append((name, path, tears))
         if len(seen) - 1 == k and kind in ("before", "torn"):
