@@ -1,18 +1,15 @@
 """Networks in files: published names, shapes and counts, loading, what is refused, what is handed on, to us and to diffusers."""
-import argparse
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, let_go, save_decoder, save_network, train
+from runs import TINY, let_go, save_network, train
 from safetensors.torch import load_file, save_file
 
 import encode_latents
 import model
-import sample
 from sanity import export
 
 XL = dict(in_channels=768, num_classes=1000, **model.DIT_PRESETS["DiTDH-XL"])
@@ -35,28 +32,13 @@ def test_published_names_and_shapes(kind, tensors, parameters, sha256):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == sha256, lines
 
 
-def test_512_px():
-    """Four times the tokens: the same weights but for the tables of positions."""
-    with torch.device("meta"):
-        small, large = model.DiTDH(16, **XL), model.DiTDH(32, **XL)
-        z, t, y = torch.empty(2, 768, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long)
-        decoder = model.ViTDecoder(32, 768, **model.DECODER_PRESETS["ViT-XL"])
-    assert large.to("meta")(z, t, y).shape == z.shape and decoder.to("meta")(z).shape == (2, 3, 512, 512)
-    other = {n for n, p in large.state_dict().items() if p.shape != small.state_dict()[n].shape}
-    assert other == {"pos_embed", *(f"{tower}_feat_rope.freqs_{f}" for tower in ("enc", "dec") for f in ("cos", "sin"))}
-
-
-@pytest.mark.parametrize("student", [False, True])
-def test_sizes_are_read_off_a_file(tmp_path, student):
+def test_sizes_are_read_off_a_file(tmp_path):
     """But for the head's depth where both towers have one width: a run's state says it."""
-    for sizes in (TINY, dict(hidden_size=(48, 48), depth=(3, 1), num_heads=(2, 3))):
-        net = model.DiTDH(4, 12, **sizes, num_classes=7, time_difference=student)
+    for sizes, kind in ((TINY, "teacher"), (dict(hidden_size=(48, 48), depth=(3, 1), num_heads=(2, 3)), "student")):
+        net = model.DiTDH(4, 12, **sizes, num_classes=7, time_difference=kind == "student")
         save_network(tmp_path, net, {"head_depth": net.depth[1]}, None)
         loaded, about = model.load_network(tmp_path)
-        assert (loaded.depth, loaded.shape, loaded.num_classes) == (sizes["depth"], (12, 4, 4), 7)
-        assert about["kind"] == ("student" if student else "teacher")
-        x = torch.randn(2, 12, 4, 4), torch.rand(2), torch.tensor([0, 6]), *[torch.zeros(2)] * student
-        assert torch.equal(net(*x), loaded(*x))
+        assert (loaded.depth, loaded.shape, loaded.num_classes, about["kind"]) == (sizes["depth"], (12, 4, 4), 7, kind)
 
 
 @pytest.fixture
@@ -85,20 +67,17 @@ def test_published_forms_of_a_file(teacher, tmp_path, capsys):
     assert net.num_classes == 7 and "y_embedder.embedding_table" in capsys.readouterr().out
 
 
-def test_from_the_hub(teacher, tmp_path, monkeypatch, capsys):
+def test_from_the_hub(teacher, tmp_path, monkeypatch):
     """Organization/repository/path/inside, from a cache in the Hub's layout, offline; and what is not there."""
     inside = tmp_path / "models--nyu-visionx--RAE-collections"
-    (inside / "refs").mkdir(parents=True)
-    (inside / "refs" / "main").write_text("0" * 40)
-    (inside / "snapshots" / ("0" * 40) / "DiTs").mkdir(parents=True)
-    torch.save(teacher.state_dict(), inside / "snapshots" / ("0" * 40) / "DiTs" / "stage2_model.pt")
+    model.write_atomically(inside / "refs" / "main", lambda file: file.write(b"0" * 40))
+    model.write_atomically(inside / f"snapshots/{'0' * 40}/DiTs/net.pt", lambda file: torch.save(teacher.state_dict(), file))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    net = model.load_network("nyu-visionx/RAE-collections/DiTs/stage2_model.pt")[0]
+    net = model.load_network("nyu-visionx/RAE-collections/DiTs/net.pt")[0]
     assert torch.equal(net.t_embedder.W, teacher.t_embedder.W)
     with pytest.raises(model.InputError, match="neither here nor could it be had from the Hub"):
         model.load_network("run/teacher")
-    assert "run/teacher is not here: asking" in capsys.readouterr().out
 
 
 def test_published_statistics(tmp_path):
@@ -115,61 +94,43 @@ def test_published_statistics(tmp_path):
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 def test_what_does_not_fit_is_refused(teacher, tmp_path):
     """In one line; no pickle is executed."""
-    state, path = teacher.state_dict(), tmp_path / "net.pt"
+    state, path, ran = teacher.state_dict(), tmp_path / "net.pt", tmp_path / "ran"
     w3, bias = "blocks.0.mlp.w3.weight", "blocks.0.attn.proj.bias"
-    ran = tmp_path / "ran"
 
     class Runs:
         def __reduce__(self):
             return os.mkdir, (str(ran),)
-    for words, content in ((f"Missing key.*{bias}", {k: v for k, v in state.items() if k != bias}), ("Unexpected key.*extra", {**state, "extra": state[w3]}),
+    for words, content in ((f"Missing key.*{bias}", {k: v for k, v in state.items() if k != bias}),
+                           ("Unexpected key.*extra", {**state, "extra": state[w3]}),
                            (f"size mismatch for {w3}", {**state, w3: state[w3].T.contiguous()}), ("is no network", {"weights": [1, 2]}),
-                           ("run code: save its tensors alone", {**state, "x": Runs()}), ("objects", {"ema": {}, "args": argparse.Namespace(lr=1)}),
+                           ("is no DiT-DH", {**state, "pos_embed": torch.zeros(())}),
+                           ("run code: save its tensors alone", {**state, "x": Runs()}),
                            ("is a student, a teacher is needed", model.DiTDH(**SIZES, time_difference=True).state_dict()),
                            ("first names are conv1.weight", {"conv1.weight": torch.zeros(2), "conv2.bias": torch.zeros(2)})):
         torch.save(content, path)
         with pytest.raises(model.InputError, match=words) as error:
             model.load_network(path, "teacher")
         assert "\n" not in str(error.value) and not ran.exists()
-    torch.save(state, path)
     save_file(state, tmp_path / "net.safetensors")
-    for path in (path, tmp_path / "net.safetensors"):
-        for cut in (path.stat().st_size // 2, 100, 0):
-            os.truncate(path, cut)
-            with pytest.raises(model.InputError, match="cut short"):
-                model.load_network(path)
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")    # torch's word on sizes of 0, which are hostile
-@pytest.mark.parametrize("name", ["pos_embed", "s_embedder.proj.weight", "enc_feat_rope.freqs_cos", "blocks.1.attn.qkv.weight"])
-def test_hostile_weights(teacher, tmp_path, name):
-    """Tensors missing or of another shape: one line, no traceback, nothing allocated."""
-    for tensor in (None, torch.zeros(()), torch.zeros(5, 3)):
-        kept = {other: x for other, x in teacher.state_dict().items() if other != name} | ({} if tensor is None else {name: tensor})
-        model.write_tensors(tmp_path / "net.safetensors", {"": kept})
-        with pytest.raises(model.InputError) as error:
-            model.load_network(tmp_path / "net.safetensors")
-        assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+    for cut in (path, tmp_path / "net.safetensors"):
+        os.truncate(cut, 500)
+        with pytest.raises(model.InputError, match="cut short"):
+            model.load_network(cut)
 
 
 def test_our_tensor_files_are_safetensors(tmp_path):
-    """Of any of our types and shapes, read by the library as they were; aligned, so that maps of them can be used. Headers may be hostile."""
+    """Of any of our types and shapes, read by the library as they were; aligned, so that maps of them can be used."""
     path, parts = tmp_path / "x.safetensors", {
         "a": {"x": torch.rand(3), "half": torch.rand(5).half(), "empty": torch.empty(0, 4)},
         "b/c": {"x": torch.arange(7), "bytes": torch.arange(3, dtype=torch.uint8)}, "": {"double": torch.rand(2, 3).double().T}}
-    digests, found = model.write_tensors(path, parts, {"step": 3}), load_file(path)
-    assert {name: x.tolist() for name, x in found.items()} == {
-        f"{part}/{name}".lstrip("/"): x.tolist() for part in parts for name, x in parts[part].items()}
-    again, about, ours = model.read_tensors(path)
-    assert about == {"step": 3} and ours == digests == {part: model.digest_of(tensors) for part, tensors in parts.items()}
-    assert all(torch.equal(again[part][name], x) for part in parts for name, x in parts[part].items())
-    offset = int.from_bytes(path.read_bytes()[:8], "little") + 8
-    header = json.loads(path.read_bytes()[8:offset])
-    assert all((offset + header[name]["data_offsets"][0]) % found[name].itemsize == 0 for name in found)
-    for length, header in ((2 ** 62, b"{}"), (2, b"[]"), (21, b'{"__metadata__": [1]}')):
-        path.write_bytes(length.to_bytes(8, "little") + header + bytes(4))
-        with pytest.raises(model.InputError, match="cannot read"):
-            model.load_network(path)
+    digests, found, (again, *rest) = model.write_tensors(path, parts, {"step": 3}), load_file(path), model.read_tensors(path)
+    assert rest == [{"step": 3}, digests] and digests == {part: model.digest_of(tensors) for part, tensors in parts.items()}
+    assert all(torch.equal(again[part][name], x) and torch.equal(found[f"{part}/{name}".lstrip("/")], x)
+               for part in parts for name, x in parts[part].items())
+    assert all(x.data_ptr() % x.itemsize == 0 for part in again.values() for x in part.values())
+    path.write_bytes((2 ** 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(model.InputError, match="cannot read"):
+        model.load_network(path)
 
 
 # ---- What is handed on -----------------------------------------------------------------------------------------------
@@ -178,30 +139,19 @@ def test_a_slim_network(home, tmp_path):
     slim = tmp_path / "slim"
     export.main([f"{home}/cmt", "--out", str(slim)])
     let_go()
-    assert {path.name for path in slim.iterdir()} - {".lock"} == {"model.safetensors", "config.json"}
-    whole, about = model.load_network(home / "cmt")
-    net, said = model.load_network(slim)
-    assert all(torch.equal(x, net.state_dict()[name]) for name, x in whole.state_dict().items())
-    assert said["sha256"] == about["sha256"] and said["time_shift"] == 3 and said["step"] == 6
-    assert load_file(slim / "model.safetensors").keys() == whole.state_dict().keys() | {"stats/mean", "stats/var"}
     (slim / "config.json").unlink()               # killed before it was written: the same command goes on
     export.main([f"{home}/cmt", "--out", str(slim)])
     let_go()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/config.json").write_text("{}")
+    (whole, about), (net, said) = model.load_network(home / "cmt"), model.load_network(slim)
+    assert all(torch.equal(x, net.state_dict()[name]) for name, x in whole.state_dict().items())
+    assert said["sha256"] == about["sha256"] and said["time_shift"] == 3 and said["step"] == 6
+    assert load_file(slim / "model.safetensors").keys() == whole.state_dict().keys() | {"stats/mean", "stats/var"}
     for source, out, words in ((home / "teacher", slim, "something else"), (home / "teacher", home / "cmt", "something else"),
-                               (home / "teacher", tmp_path / "mine", "something else"),
                                (home / "latents/latent_stats.safetensors", tmp_path / "none", "is no DiT-DH")):
         with pytest.raises(model.InputError, match=words):
             export.main([str(source), "--out", str(out)])
         let_go()
-    train(home, "meanflow", tmp_path / "run", "--steps", "2")
-    train(home, "meanflow", tmp_path / "run", "--steps", "3", "--init", slim)
-    save_decoder(home, tmp_path / "decoder")
-    for name, source in (("a", home / "cmt"), ("b", slim)):
-        sample.main([str(source), "--decoder", f"{tmp_path}/decoder", "--num-samples", "3", "--out", f"{tmp_path}/{name}.npz"])
-    let_go()
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    train(home, "meanflow", tmp_path / "run", "--steps", "1", "--init", slim)
 
 
 DECODE = """
@@ -267,9 +217,7 @@ def test_the_scheduler_of_diffusers_takes_our_jumps(home):
 
 
 def test_multiply_adds():
-    """GMAC in both conventions, to 0.5%, and the paper's for one image at 512 px."""
+    """GMAC as the paper counts, to 0.5%: of the student, the decoder, and of one image at 512 px."""
     from benchmarks import benchmark
-    for got, full, linear in ((benchmark.backbone("DiTDH-XL", 256), 161.58, 157), (benchmark.decoder("ViT-XL", 256), 110.82, 106.5)):
-        assert got[1:] == (pytest.approx(full, rel=0.005), pytest.approx(linear, rel=0.005))
-    linear = benchmark.backbone("DiTDH-XL", 512)[2] + benchmark.decoder("ViT-XL", 512)[2]
-    assert linear == pytest.approx(1051, rel=0.005)
+    (net, decoder), large = ([benchmark.backbone("DiTDH-XL", px)[2], benchmark.decoder("ViT-XL", px)[2]] for px in (256, 512))
+    assert [net, decoder, sum(large)] == pytest.approx([157, 106.5, 1051], rel=0.005)

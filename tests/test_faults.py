@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
-from runs import ROOT, STAGES, arguments, encode, lively, log, run_on, save_network, state, train
+from runs import ROOT, STAGES, arguments, encode, lively, log, run_on, state, train
 
 import model
 import train_teacher
@@ -154,14 +153,6 @@ def test_a_start_that_was_killed_begins_again(home, run):
     assert [line["step"] for line in log(run)] == [1, 2] and 2 in model.states_of(run)
 
 
-def test_where_a_run_began_is_kept(home, tmp_path, capsys):
-    """--init is not read again where there is a state; another one is not taken in silence."""
-    train(home, "cmt", tmp_path / "run", "--steps", "1", "--init", home / "cmt")
-    train(home, "cmt", tmp_path / "run", "--steps", "2")
-    assert f"--init is not read any more: the run began from {home}/cmt" in capsys.readouterr().out
-    assert model.load_network(tmp_path / "run")[1]["settings"]["init"] == f"{home}/cmt"
-
-
 # ---- Identity: what the inputs hold, not where they lie --------------------------------------------------------------
 def test_other_inputs_are_refused(home, tmp_path):
     world = Path(shutil.copytree(home, tmp_path / "world"))
@@ -198,20 +189,6 @@ def test_another_weak_teacher_or_time_shift_is_other_work(home, tmp_path, stage)
     train(home, stage, tmp_path / "run", *TWO, *guided)
     refuses("sha256 of weak teacher", home, stage, tmp_path / "run", *TWO, *guided[:3], lively(home, tmp_path / "other", seed=1))
     refuses("time_shift: 3.0 there, 4.0 now", home, stage, tmp_path / "run", *TWO, *guided, "--time-shift", "4")
-
-
-def test_the_same_inputs_elsewhere_are_accepted(home, tmp_path, monkeypatch):
-    """Run, latents and networks moved; relative paths for absolute ones; --init gone; the teacher a slim copy."""
-    world = Path(shutil.copytree(home, tmp_path / "world"))
-    train(world, "meanflow", world / "runs" / "meanflow")
-    world.rename(tmp_path / "moved")
-    shutil.rmtree(tmp_path / "moved" / "cmt")
-    monkeypatch.chdir(tmp_path / "moved")
-    net, about = model.load_network("teacher")
-    shutil.rmtree("teacher")
-    save_network("teacher", net, {name: about[name] for name in ("time_shift", "classes")}, about["stats"])
-    train(Path("."), "meanflow", "runs/meanflow", "--steps", "7")
-    assert log("runs/meanflow")[-1]["step"] == 7
 
 
 # ---- Processes and signals -------------------------------------------------------------------------------------------
@@ -295,14 +272,6 @@ def test_signals_save_and_stop(home, tmp_path, monkeypatch, capsys, name):
         train(home, "teacher", out, "--steps", "9", "--save-every", "9")
     assert end.value.code == 128 + number and 1 in model.states_of(out) and signal.getsignal(number) is before
     assert "stopped after step 1: the same command goes on" in capsys.readouterr().out
-
-
-def test_a_stage_runs_in_a_thread(home, tmp_path):
-    """Which may not catch signals."""
-    thread = threading.Thread(target=train, args=(home, "teacher", tmp_path / "run", *TWO))
-    thread.start()
-    thread.join()
-    assert 2 in model.states_of(tmp_path / "run")
 
 
 # ---- One line for what is no bug -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from test_networks import same
 import train_cmt
 import train_meanflow
 import train_teacher
-from model import apply_part, guided, jvp_by_parts, long_jumps, ode_times, solve_ode, time_shift
+from model import apply_part, guided, jvp_by_parts, ode_times, solve_ode, time_shift
 
 
 def alone(stage):
@@ -146,20 +146,6 @@ def test_finite_differences_are_second_order_everywhere(t, s, steps):
     assert all(1.8 < math.log2(a / b) < 2.25 for a, b in itertools.pairwise(errors)), errors
 
 
-def test_finite_differences_stay_within_the_interval():
-    """Also where t - s is far below D, at either end; and the published stencil leaves it."""
-    t = torch.tensor([1.0, 1.0, 0.9999, 0.3, 1e-3, 0.999, 0.993], dtype=torch.double)
-    s = torch.tensor([0.0, 0.9999, 0.9998, 0.2999, 0.0, 0.5, 0.992], dtype=torch.double)
-    for derivative, inside in (("fd", True), ("fd-central", False)):
-        left = []
-
-        def h(z, time, y, s, left=left):
-            left.append(bool(((time < s - 1e-9) | (time > 1 + 1e-9)).any()))
-            return h_exact(z, time, y, s)
-        _, numbers = meanflow_loss(h, v_exact, *gaussian(7), t, torch.zeros(7), s, derivative=derivative)
-        assert any(left) != inside and (not inside or numbers["mse"] < 1e-8)
-
-
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_cmt_target_tends_to_the_mean_velocity(solver, order):
     """With N teacher steps the error of the target is O(N^-order): measured at the pair (1, 0) and inside."""
@@ -184,50 +170,6 @@ def test_flow_matching_minimum_is_the_velocity():
         assert loss.detach() == pytest.approx(SIGMA ** 2 / spread(time), rel=0.01)        # the one-point velocity's own variance
 
 
-def test_jumps_land_on_the_end_of_the_ode():
-    z_1 = gaussian(16)[1]
-    end = flow(z_1, torch.ones(16).double(), torch.zeros(16).double())
-    for times in ([1, 0], [1, 0.5, 0], [1, 0.7, 0.2, 0]):
-        assert torch.allclose(long_jumps(h_exact, z_1, None, times), end, atol=1e-12)
-
-
-def bent(theta):
-    """A student off the mean velocity by theta, so that gradients are not zero."""
-    return lambda z, t, y, s: h_exact(z, t, y, s) + theta * (1 + z * per_row(t - s, z))
-
-
-def test_losses_of_vectors():
-    """Latents (B, D): losses, gradients and numbers are those of the same elements as (B, C, H, W)."""
-    (t, s), y, latents = pairs_of_times(16), torch.zeros(16), (*gaussian(16), gaussian(16, seed=1)[0])
-
-    def meanflow(form, derivative):
-        return lambda h, z, eps, _: meanflow_loss(h, v_exact, z, eps, t, y, s, 0.7, derivative, loss_form=form)
-    for loss_of in (lambda h, z, eps, _: flow_matching_loss(lambda z, t, y: h(z, t, y, t / 2), z, eps, t, y),
-                    lambda h, _, z_t, z_s: consistency_loss(h, z_t, z_s, t, y, t / 2), meanflow("mean", "fd"), meanflow("published", "jvp")):
-        results = []
-        for x in (latents, [x.flatten(1) for x in latents]):
-            theta = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
-            loss, numbers = loss_of(bent(theta), *x)
-            results.append([loss.detach(), torch.autograd.grad(loss, theta)[0], *numbers.values()])
-        torch.testing.assert_close(*results, equal_nan=True)
-
-
-def test_mft_has_mfds_gradient_in_expectation():
-    """At the exact teacher, unweighted squared error: the difference of the two gradients has mean 0, within 4 standard errors."""
-    n, batches, difference, size = 1000, 40, [], []
-    for batch in range(batches):
-        (z_0, eps), (t, s), gradients = gaussian(n, seed=batch), pairs_of_times(n, seed=1000 + batch), []
-        for eta in (0.0, 1.0):
-            theta = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
-            loss = meanflow_loss(bent(theta), v_exact, z_0, eps, t, torch.zeros(n), s, eta, **plain)[0]
-            gradients.append(torch.autograd.grad(loss, theta)[0])
-        difference.append(gradients[0] - gradients[1])
-        size.append(gradients[1])
-    error = torch.stack(difference).std() / batches ** 0.5
-    assert torch.stack(difference).mean().abs() < 4 * error
-    assert error < 0.04 * torch.stack(size).mean().abs()      # the test can see a bias of 16%
-
-
 @pytest.mark.parametrize("eta", [1.0, 0.75, 0.5, 0.25, 0.0])
 @pytest.mark.parametrize("theta, bias", [(0.2, 0.3), (0.0, 0.3), (0.0, 0.0)])
 def test_proposition_3_1(eta, theta, bias):
@@ -247,34 +189,35 @@ def test_proposition_3_1(eta, theta, bias):
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("precision, autocast", [("high", True), ("high", False), ("highest", True)])
 @pytest.mark.parametrize("derivative", ["fd", "jvp"])
-def test_precision_of_the_derivative(derivative, precision, autocast):
+def test_precision_of_the_derivative(derivative):
     """Finite differences run in true float32 whatever is set around them, the exact derivative in what is; afterwards all is as
     before, also when h raises."""
-    seen, errors, before = [], [], torch.get_float32_matmul_precision()
+    seen, before, (z_0, eps) = [], torch.get_float32_matmul_precision(), torch.randn(2, 4, *SHAPE)
+
+    def state():
+        return torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision(), torch.is_grad_enabled()
 
     def h_fixed(z, t, y, s):
-        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
-        if errors:
-            raise errors[0]
+        seen.append(state())
+        if len(seen) == 3:
+            raise MemoryError
         return z * t[:, None, None, None]
-    z_0, eps = torch.randn(2, 4, *SHAPE)
-    t, s = torch.full((4,), 0.8), torch.full((4,), 0.3)
 
     def loss():
-        meanflow_loss(lambda z, t, y, s: z, lambda z, t, y: z, z_0, eps, t, torch.zeros(4), s, derivative=derivative, h_fixed=h_fixed)
+        meanflow_loss(lambda z, *_: z, lambda z, *_: z, z_0, eps, torch.full((4,), 0.8), torch.zeros(4), torch.full((4,), 0.3),
+                      derivative=derivative, h_fixed=h_fixed)
     try:
-        torch.set_float32_matmul_precision(precision)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
             loss()
             assert len(seen) == (2 if derivative == "fd" else 1)      # both ends, and the centre anew: h_t is in bf16 or TF32
-            errors.append(MemoryError())
+            seen += [seen[-1]] * (2 - len(seen))
             with pytest.raises(MemoryError):
                 loss()
-            assert torch.is_autocast_enabled("cpu") == autocast and torch.is_grad_enabled()
-        assert set(seen) == {(False, "highest") if derivative == "fd" else (autocast, precision)}
-        assert torch.get_float32_matmul_precision() == precision
+            assert state() == (True, "high", True)
+        assert set(seen) == {(False, "highest", False) if derivative == "fd" else (True, "high", False)}
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -322,24 +265,20 @@ def test_defaults_are_those_of_the_flags():
 
 
 # ---- the cheap step against the straightforward ones -----------------------------------------------------------------
-@pytest.mark.parametrize("eta", [1, 0.3, 0])
-@pytest.mark.parametrize("oracle, derivative", [(meanflow_as_published, "fd-central"), (meanflow_as_published, "fd"),
-                                                (meanflow_all_rows, "fd-central"), (meanflow_exact, "jvp")])
+@pytest.mark.parametrize("oracle, derivative, eta", [(meanflow_as_published, "fd-central", 0.3), (meanflow_all_rows, "fd", 1),
+                                                     (meanflow_exact, "jvp", 0.3), (meanflow_exact, "jvp", 0)])
 def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, oracle, derivative, eta):
-    """Derivative under autograd and for all rows, or without gradient and for one row in four: the same gradient, to 1e-6. (The
-    times leave room for the central stencil, which "fd" then takes too.)"""
+    """Derivative under autograd or for all rows, or without gradient and for one row in four: the same gradient, to 1e-6. (The times
+    leave room for the central stencil, which "fd" then takes too.)"""
     torch.manual_seed(0)
     net, v, gradients = published["student"], published["teacher"], []
     z, eps = torch.randn(2, 8, *net.shape).double()
     t = torch.rand(8).double() * 0.6 + 0.3
     x = z, eps, t, torch.arange(8) % net.num_classes, torch.where(torch.arange(8) % 4 == 0, t - 0.2, t), eta
+    weights = [p for p in net.parameters() if p.requires_grad]
     for loss in (oracle(net, v, *x), meanflow_loss(net, v, *x, derivative, rows=slice(0, None, 4), **plain)[0]):
-        net.zero_grad()
-        loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
 
 
 def test_guidance(published):

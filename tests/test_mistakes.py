@@ -69,11 +69,6 @@ def test_numbers_out_of_range(tmp_path, capsys):
     assert model.location("~/x") == os.path.expanduser("~/x")
 
 
-def test_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert model.provenance()["commit"] == ""
-
-
 def test_help_loads_nothing_heavy():
     """--help answers before what takes seconds to import is imported."""
     scripts = sorted(path.name for path in ROOT.glob("*.py") if path.name != "model.py")

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, TINY, let_go, refused, run_on, save_network, watch
+from runs import TINY, let_go, refused, run_on, save_network
 
 import model
 import sample
@@ -80,7 +80,7 @@ def test_times_of_sampling(place, tmp_path, monkeypatch):
 
 
 def test_heun_takes_half_as_many_steps(place):
-    """--nfe counts evaluations: four are two steps of Heun's method, here by hand on the grid 1, 3/4, 0."""
+    """--nfe counts evaluations: four are two steps of Heun's method, here by hand on the grid 1, 3/4, 0. A shift that is not given is RAE's."""
     net, z, y = model.load_network(place / "teacher")[0], torch.randn(2, 12, 4, 4), torch.tensor([0, 2])
     with torch.no_grad():
         by_hand = z
@@ -88,18 +88,10 @@ def test_heun_takes_half_as_many_steps(place):
             v_t = net(by_hand, torch.full((2,), t), y)
             v_s = net(by_hand + (s - t) * v_t, torch.full((2,), s), y)
             by_hand = by_hand + (s - t) * (v_t + v_s) / 2
-        for solver, nfe in (("heun", 2), ("heun", 4), ("heun", 8), ("euler", 4)):
-            out = sample.generate(net, z, y, nfe, solver=solver, shift=3.0)
-            assert torch.allclose(out, by_hand, rtol=1e-4, atol=1e-4) == ((solver, nfe) == ("heun", 4))
-
-
-def test_a_teachers_default_times(monkeypatch):
-    """Without a shift, as from Python: the one of its latents' shape, and not none at all."""
-    calls = watch(monkeypatch, sample, "ode_times")
-    net = model.DiTDH(16, 768, **model.DIT_PRESETS["DiTDH-mini"], num_classes=3)
-    for shift in (None, 2.5):
-        sample.generate(net, torch.zeros(1, 768, 16, 16), torch.tensor([0]), 2, shift=shift)
-    assert [a for _, a, _ in calls] == [pytest.approx(6.928, abs=1e-3), 2.5]
+        for solver, nfe, shift in (("heun", 2, 3), ("heun", 4, 3), ("heun", 8, 3), ("euler", 4, 3), ("heun", 4, None)):
+            out = sample.generate(net, z, y, nfe, solver=solver, shift=shift)
+            assert torch.allclose(out, by_hand, rtol=1e-4, atol=1e-4) == ((solver, nfe, shift) == ("heun", 4, 3))
+    assert model.default_time_shift((768, 16, 16)) == pytest.approx(6.928, abs=1e-3)
 
 
 def test_each_image_has_its_own_noise():
@@ -108,15 +100,11 @@ def test_each_image_has_its_own_noise():
     z, y = sample.noise_and_labels([0, 7], 0, (3,), 1000, "random")
     torch.testing.assert_close(z, torch.tensor(PINNED), rtol=1e-6, atol=0)
     assert y.tolist() == LABELS
-    z, y = sample.noise_and_labels([11953, 41156], 4, (2, 3, 3), 1000, "random")
-    assert not torch.equal(z[0], z[1]) and y[0] != y[1] and z.dtype == torch.float32
     z, y = sample.noise_and_labels([*range(520), 4096, 50_000, 65_536, 2**20], 0, (2, 3, 3), 1000, "random")
     assert len(z.flatten(1).unique(dim=0)) == 524 and len(y.unique()) > 350       # 405 are expected
     assert torch.equal(sample.noise_and_labels([7, 64], 0, (2, 3, 3), 1000)[0], z[[7, 64]])
-    assert not torch.equal(sample.noise_and_labels([0], 1, (2, 3, 3), 1000)[0], z[:1])
-    assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05 and numpy.corrcoef(z.flatten(1).numpy()[:99]).round(1).trace() == 99
-    for kind, wanted in (("equal", [i % 3 for i in range(70)]), ([2, 0], 35 * [2, 0])):
-        assert sample.noise_and_labels(range(70), 0, (1,), 3, kind)[1].tolist() == wanted
+    assert not torch.equal(sample.noise_and_labels([0], 1, (2, 3, 3), 1000)[0], z[:1]) and abs(z.std() - 1) < 0.05
+    assert sample.noise_and_labels(range(4), 0, (1,), 3, [2, 0])[1].tolist() == [2, 0, 2, 0]
 
 
 def test_pixels_are_rounded_and_truncated_on_request(place, tmp_path):
@@ -147,14 +135,9 @@ def test_a_sample_file(place, tmp_path):
 def test_a_grid_alone_keeps_nothing(place, tmp_path, monkeypatch):
     """Looking again is never refused; 64 images unless told."""
     monkeypatch.chdir(tmp_path)
-    pictures = []
-    for more in ([], ["--seed", "1"], ["--num-samples", "4"]):
+    for more, height in ([], 900), (["--seed", "1", "--num-samples", "4"], 100):
         sample.main([str(place / "teacher"), "--decoder", f"{place}/decoder", "--nfe", "2", "--grid", "grid.png", *more])
-        pictures.append(numpy.asarray(Image.open("grid.png")))
-    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
-    assert not numpy.array_equal(*pictures[:2]) and pictures[0].shape[0] > 5 * pictures[2].shape[0]
-    sample.draw_grid("same.png", *run(place, "teacher", tmp_path / "a.npz", "--nfe", 2, "--num-samples", 64), ["cat", "dog", "2"])
-    assert numpy.array_equal(numpy.asarray(Image.open("same.png")), pictures[0])
+        assert [path.name for path in tmp_path.iterdir()] == ["grid.png"] and Image.open("grid.png").size[1] > height
 
 
 LINES_OF_README = """
@@ -205,12 +188,10 @@ def test_nothing_of_the_users_is_touched(place, tmp_path):
         (tmp_path / name).write_bytes(b"mine")
     numpy.savez(tmp_path / "theirs.npz", arr_0=numpy.zeros(3))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for name, words in (("theirs", "is no whole sample file of ours"), ("mine", "mine.npz.parts holds something else"),
-                        ("cut", "no whole sample file of ours .*: give another --out, or remove it")):
-        refuses(words, place, "student", tmp_path / f"{name}.npz")
+    for name in ("theirs", "cut", "mine"):
+        refuses("is no whole sample file of ours|mine.npz.parts holds something else", place, "student", tmp_path / f"{name}.npz")
     run(place, "student", tmp_path / "dataset.npz")
-    code = ("import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True);"
-            "sys.stdin.read()")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path / ".b.npz.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
     refuses("is written by another process", place, "student", tmp_path / "b.npz")
@@ -225,17 +206,17 @@ def test_identity_is_by_content(place, tmp_path):
     made = out.read_bytes()
     shutil.copytree(place / "student", tmp_path / "elsewhere")
     run(place, tmp_path / "elsewhere", out, "--stats", tmp_path / "elsewhere")
+    run(place, "teacher", tmp_path / "b.npz", *guided, place / "weak")
     assert out.read_bytes() == made
     save(tmp_path / "on", "student", seed=9)
     save_network(tmp_path / "decoder", shaken(model.ViTDecoder(**DECODER), 4), {"num_heads": 2}, STATS)
     model.write_tensors(tmp_path / "stats.safetensors", {"": {**STATS, "var": 2 * STATS["var"]}})
-    for what, more in (("sha256 of network", []), ("sha256 of decoder", ["--decoder", tmp_path / "decoder"]),
-                       ("sha256 of stats", ["--stats", tmp_path / "stats.safetensors"]), ("seed", ["--seed", 7])):
-        refuses(rf"a.npz holds other work \({what}: .* there, [^;]* now\)", place, tmp_path / "on" if "network" in what else "student",
-                out, *more)
-    run(place, "teacher", tmp_path / "b.npz", *guided, place / "weak")
-    refuses("sha256 of weak teacher", place, "teacher", tmp_path / "b.npz", *guided, place / "teacher")
-    refuses("time_shift: 3.0 there, 4.0 now", place, "teacher", tmp_path / "b.npz", *guided, place / "weak", "--time-shift", 4)
+    for what, network, more in (("sha256 of network", tmp_path / "on", []), ("seed", "student", ["--seed", 7]),
+                                ("sha256 of decoder", "student", ["--decoder", tmp_path / "decoder"]),
+                                ("sha256 of stats", "student", ["--stats", tmp_path / "stats.safetensors"]),
+                                ("sha256 of weak teacher", "teacher", [*guided, place / "teacher"]),
+                                ("time_shift", "teacher", [*guided, place / "weak", "--time-shift", 4])):
+        refuses(rf"holds other work \({what}: .* there, [^;]* now\)", place, network, tmp_path / f"{'ab'[network == 'teacher']}.npz", *more)
 
 
 def test_a_training_state(place, tmp_path):
@@ -246,24 +227,10 @@ def test_a_training_state(place, tmp_path):
         parts = {"net": {name: x + 1 for name, x in net.state_dict().items()}, "ema": net.state_dict(), "stats": STATS}
         model.write_tensors(folder / f"state_000000{step}.safetensors", parts, {"time_shift": 3.0, "step": step})
         save_network(tmp_path / f"{step}", net, {"time_shift": 3.0}, STATS)
-    for source, step in ((folder, 50), (folder / "state_00000040.safetensors", 40)):
+    for source, step, name in ((folder, 50, "run1.5_2"), (folder / "state_00000040.safetensors", 40, "run1.5_40_2")):
         wanted, _ = run(place, tmp_path / f"{step}", tmp_path / f"{step}.npz")
         assert numpy.array_equal(run(place, source, tmp_path / f"{source.name}.npz")[0], wanted)
-    for argv, name in (([str(folder)], "run1.5_2"), ([f"{folder}/state_00000040.safetensors"], "run1.5_40_2"), (["a/student.pt"], "student_2"),
-                       (["runs/t/", "--guidance", "1.50"], "t_2_w1.5")):
-        assert sample.default_out(sample.parse_args([*argv, "--nfe", "2"])) == f"samples/{name}.npz"
-
-
-def test_guidance_of_a_teacher_without_dropout(place, tmp_path, capsys):
-    for i, (dropout, more, warned) in enumerate(((0.0, [], True), (0.1, [], False), (0.0, ["--weak-teacher", place / "weak"], False))):
-        save(tmp_path / "teacher", "teacher", settings={"label_dropout": dropout})
-        run(place, tmp_path / "teacher", tmp_path / f"{i}.npz", "--nfe", 2, "--guidance", 2, *more)
-        assert ("--label-dropout 0" in capsys.readouterr().out) == warned
-
-
-def test_names_that_are_numbers():
-    """A name comes before an index; an index serves where no class has its name."""
-    assert sample.read_labels("1,3", ["1", "2", "3"]) == [0, 2] and sample.read_labels("0", ["1", "2", "3"]) == [0]
+        assert sample.default_out(sample.parse_args([str(source), "--nfe", "2"])) == f"samples/{name}.npz"
 
 
 # ---- mistakes: one line, nothing written -----------------------------------------------------------------------------
@@ -282,14 +249,6 @@ def test_mistakes(place, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_decoder_to_be_had(place, tmp_path, monkeypatch, capsys):
-    """The default one is of other latents, say: how to train one is said."""
-    monkeypatch.setattr(sample, "load_decoder", lambda source: (model.ViTDecoder(**{**DECODER, "in_channels": 8}), {"stats": None}))
-    for more, said in (([], True), (["--decoder", "x/y"], False)):
-        words = refused("sample.py", [place / "student", "--out", tmp_path / "no.npz", *more], capsys)
-        assert "the decoder takes" in words and ("or python sanity/train_decoder.py makes one" in words) == said
-
-
 def test_pictures_of_nothing(place, tmp_path):
     """Weights that are not finite make no images."""
     net, _ = model.load_network(place / "student")
@@ -297,10 +256,3 @@ def test_pictures_of_nothing(place, tmp_path):
     save_network(tmp_path / "student", net, {}, STATS)
     refuses("images 0 to 19 are not finite: weights or statistics are damaged", place, tmp_path / "student", tmp_path / "a.npz")
     assert [path.name for path in (tmp_path / "a.npz.parts").iterdir()] == ["about.json"]
-
-
-def test_ctrl_c_is_one_line(place, tmp_path):
-    code = "import sample, model\ndef stop(*a): raise KeyboardInterrupt\nsample.to_uint8 = stop\nmodel.command(sample.main)"
-    argv = [sys.executable, "-c", code, place / "student", "--decoder", place / "decoder", "--num-samples", "4", "--out", tmp_path / "a.npz"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 130 and done.stderr.count("\n") == 1 and "interrupted" in done.stderr
