@@ -31,9 +31,6 @@ from eval_fid import Moments, frechet_distance, load_features, precision_recall 
 from model import DECODER_PRESETS, DIT_PRESETS, DiTDH, ViTDecoder, launch  # noqa: E402
 from sanity.synthetic import write_latents  # noqa: E402
 
-# GMAC, arXiv 2511.13019; in one step: DiTDH-XL once, with the ViT-XL decoder
-PAPER = {("DiTDH-XL", 256): 157, ("ViT-XL", 256): 106, ("SD-VAE decoder", 256): 310, ("one step", 256): 263, ("one step", 512): 1051}
-
 
 def rows(heads, lines):
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
@@ -89,8 +86,8 @@ def table():
         every |= {"one step": [sum(both) for both in zip(every["DiTDH-XL"], every["ViT-XL"], strict=True)]}
         sums |= {(name, px): numbers for name, numbers in every.items()}
     for (name, px), (parameters, full, linear) in sums.items():
-        lines.append((name, px, f"{parameters:,}", f"{full:.2f}", f"{linear:.2f}", PAPER.get((name, px), "")))
-    rows(("network", "px", "parameters", "GMAC with attention scores", "GMAC without (paper's)", "paper"), lines)
+        lines.append((name, px, f"{parameters:,}", f"{full:.2f}", f"{linear:.2f}"))
+    rows(("network", "px", "parameters", "GMAC with attention scores", "GMAC without (paper's)"), lines)
 
 
 def activations(preset, px, checkpointed):
@@ -115,8 +112,7 @@ def activations(preset, px, checkpointed):
 
 
 def fit():
-    """8% of a card and 1.5 GB are left for everything else. A trained parameter takes 22 bytes (weight, gradient, average, two
-    moments, autocast's bf16 copy), the teacher's 4."""
+    """With 8% of a card and 1.5 GB left. A trained parameter takes 22 bytes (autocast's bf16 copy is one), the teacher's 4."""
     cards, lines = (24, 48, 80, 141), []
     for px, preset in ((px, preset) for px in (256, 512) for preset in ("DiTDH-S", "DiTDH-B", "DiTDH-XL")):
         teacher, student = (backbone(preset, px, difference)[0] for difference in (False, True))
@@ -190,8 +186,7 @@ def xl():
 
 
 def jpeg(image, quality):
-    """With the grid of blocks shifted by 4 pixels: CIFAR-10's photographs here are JPEGs of quality 75 already, and on their own
-    grid quality 50, whose quantization table is twice theirs, would round every odd coefficient away from zero."""
+    """With the grid of blocks shifted by 4 pixels, since CIFAR-10's photographs here are JPEGs already (docs/EVALUATION.md)."""
     file = io.BytesIO()
     Image.fromarray(np.pad(image, ((4, 4), (4, 4), (0, 0)), "reflect")).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))[4:-4, 4:-4]

@@ -3,14 +3,14 @@
     python tests/benchmarks/steps.py --preset DiTDH-S --rows 32 --precision fp32 --backend none --repeats 2       # on a CPU
     python tests/benchmarks/steps.py --tiny --backend none
 
-At 256 px, random weights and data. One JSON line for each number, as it comes, in OUT/steps.jsonl, so that a run that is cut
-keeps what it has. On a GPU each part has a limit in seconds, and is skipped, and marked so, when the budget is spent.
+At 256 px, random weights and data. One JSON line for each number, as it comes, in OUT/steps.jsonl. On a GPU each part has a limit
+in seconds, and is skipped, and marked so, when the budget is spent.
 
-F is one compiled forward pass of the student, without gradient, for as many rows, of the same run. A step is loss and backward
-of a stage's own loss. Calls follow one another without waiting for the device, as in training: `ms` is the median time from the
-end of one to the end of the next. `first_s`: seconds of the first call, which compiles; `peak_gb`: all that is allocated at the
-peak, on a CPU by the first call alone. Utilization counts the products that the step needs (COST.md, "The floor"), whatever it
-computes, and is of 989 TFLOP/s (dense bf16 of H100 and H200), on a CPU of a product of 2048 x 2048 matrices.
+F is one compiled forward pass of the student, without gradient, for as many rows, of the same run. A step is loss and backward of
+a stage's own loss. Calls follow one another without waiting for the device: `ms` is the median from the end of one to the end of
+the next. `first_s`: the first call, which compiles; `peak_gb`: all that is allocated at the peak, on a CPU by the first call alone.
+Utilization counts the products that the step needs (COST.md, "The floor"), whatever it computes, and is of 989 TFLOP/s (dense bf16
+of H100 and H200), on a CPU of a product of 2048 x 2048 matrices.
 """
 import argparse
 import copy
@@ -303,8 +303,7 @@ def whole_step():
 
 
 def published():
-    """All of MeanFlow's evaluations of all rows in one batch under autograd, eager: in bf16, where its finite differences are
-    noise, and in its own float32 with TF32. In micro-batches of what fits: three times the rows are in memory at once."""
+    """Eager: in bf16, where its finite differences are noise, and in its own float32 with TF32. In micro-batches of what fits."""
     h, v, micro = network("student"), network("teacher"), ROWS // 2
     for precision in ("bf16", "fp32") if CUDA or TINY else (args.precision,):
         torch.set_float32_matmul_precision("high" if precision == "fp32" else "highest")
