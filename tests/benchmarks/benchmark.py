@@ -1,4 +1,4 @@
-"""Numbers of docs/ that are no steps: computed sizes, the reader, the metrics, XL on a CPU.
+"""Numbers of docs/ that are no steps.
 
     python tests/benchmarks/benchmark.py --table        # parameters and multiply-adds of every preset, on the meta device
     python tests/benchmarks/benchmark.py --fit          # the largest micro-batch for cards, presets and stages, computed
@@ -7,8 +7,8 @@
     python tests/benchmarks/benchmark.py --xl           # DiTDH-XL through sample.py, random weights: 6 GB of disk
     python tests/benchmarks/benchmark.py --degradations data/cifar10_train.zip encoder:runs/encoder48
 
-GMAC: billions of multiply-adds of one image (half of the floating-point operations), once with the attention's two products of
-scores and values, once, as the paper counts, without. Prints Markdown, or lines.
+GMAC: billions of multiply-adds of one image, once with the attention's two products of scores and values, once, as the paper
+counts, without.
 """
 import io
 import resource
@@ -46,7 +46,7 @@ def seconds_of(function):
 
 # ---- Computed ------------------------------------------------------------------------------------------------
 def count(net, *inputs):
-    """(parameters, GMAC with attention scores, GMAC of the linear and convolutional layers alone) of one image."""
+    """(parameters, GMAC with attention scores, GMAC without) of one image."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net.to("meta")(*(x.to("meta") for x in inputs))
     flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -193,8 +193,7 @@ def jpeg(image, quality):
 
 
 def degradations(data, kind, px=32):
-    """The tables of docs/EVALUATION.md. One half of the images by a seeded permutation is the reference, with which the other is
-    compared as it is, then degraded, and then in parts of N images, to show the bias at small N."""
+    """One half of the images is the reference, with which the other is compared as it is, degraded, and in parts of N images."""
     from types import SimpleNamespace
     device, *_ = launch()
     images = Images(data, px)
@@ -205,7 +204,6 @@ def degradations(data, kind, px=32):
     kernel -= kernel.mean((1, 2, 3), keepdim=True)
 
     def filters(x):
-        """A second opinion: it sees fine structure, which averages over the encoder's tokens hardly do."""
         return torch.nn.functional.conv2d(x.float() / 255, kernel).abs().mean((2, 3))
 
     @torch.no_grad()

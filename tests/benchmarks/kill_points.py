@@ -3,7 +3,7 @@
     python tests/benchmarks/kill_points.py                              # all; prints Markdown
     python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20                    # one case in 20
 
-Such a call makes a folder, opens a file to be written, flushes (fsync), renames or removes. For each, in a new folder:
+Such a call makes a folder, opens a file to be written, flushes (fsync), renames or removes. For each:
 
     before   SIGKILL instead of the call, which is after the one before it
     torn     SIGKILL with half of the file there
@@ -54,8 +54,8 @@ WORLD = {"random_encoder.py": "encoder", "encode_latents.py": "latents", "train_
 
 
 def watch(root, k, kind):
-    """Count the calls that change what lies under `root`, and do to the k-th what `kind` says."""
-    seen, fsync, truncate, process = [], os.fsync, os.truncate, os.getpid()
+    """Count the calls that change what lies under `root`; do to the k-th what `kind` says."""
+    seen, fsync, process = [], os.fsync, os.getpid()
 
     def at(name, path, tears=False, needs_space=False):
         path = os.path.abspath(path)
@@ -64,10 +64,9 @@ def watch(root, k, kind):
         seen.append((name, path, tears))
         if len(seen) - 1 == k and kind in ("before", "torn"):
             if kind == "torn" and path.endswith(".tmp") and os.path.exists(path):
-                truncate(path, os.path.getsize(path) // 2)
+                os.truncate(path, os.path.getsize(path) // 2)
             elif kind == "torn":
-                with open(path, "ab") as file:
-                    file.write(b'{"step": 3, "lo')
+                Path(path).open("ab").write(b'{"step": 3, "lo')
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "error" and (len(seen) - 1 == k or needs_space and len(seen) > k):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
@@ -90,7 +89,6 @@ def watch(root, k, kind):
 
 
 def in_child(function):
-    """The exit status of a forked child that calls it, or minus the signal that killed it."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
@@ -122,7 +120,6 @@ def run(name, home, folder, k=None, kind=None):
 
 
 def prepare(home):
-    """The world: pictures, images of which one is broken, samples, a decoder, and what WORLD says."""
     def make():
         import numpy
         sys.modules["runs"].random_images(home / "pictures", each=24)
@@ -139,7 +136,6 @@ def prepare(home):
 
 
 def contents(folder):
-    """{name: what must be the same} of all files and folders but locks."""
     return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if not path.name.endswith(".lock")}
 
 
@@ -151,7 +147,6 @@ def content(path):
 
 
 def case(name, home, folder, k, kind, point, want):
-    """One case; returns what is wrong, in words."""
     def differ():
         found = contents(folder)
         return [f"{path} is not the same" for path in want.keys() | found.keys() if want.get(path) != found.get(path)]
@@ -178,7 +173,7 @@ def case(name, home, folder, k, kind, point, want):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
-    parser.add_argument("--quick", type=int, default=1, help="one case in so many")
+    parser.add_argument("--quick", type=int, default=1)
     args = parser.parse_args()
     # All is imported once, and no thread started: then a process can be forked.
     import PIL.Image
@@ -186,7 +181,7 @@ def main():
     import transformers
     torch.set_num_threads(1)
     PIL.Image.init()
-    assert transformers.Dinov2WithRegistersModel and transformers.AutoConfig and transformers.AutoModel
+    assert transformers.Dinov2WithRegistersModel and transformers.AutoModel
     for name in ("model", "runs", "train_decoder", *(name.split(".")[0] for name in SCRIPTS)):
         importlib.import_module(name)
     sys.modules["model"].DECODER_PRESETS["tiny"] = dict(hidden_size=32, depth=1, num_heads=2, mlp_size=64)
@@ -206,7 +201,7 @@ def main():
                     failed += [wrong] if wrong else []
                     held[kind].append(not wrong)
             print(f"| `{name}` | {len(points)} | {' | '.join(f'{sum(x)} of {len(x)}' for x in held.values())} |", flush=True)
-    print(*(f"FAILED {text}" for text in failed), f"{len(failed)} failed; {time.monotonic() - begun:.0f} s", sep="\n")
+    print(*failed, f"{len(failed)} failed; {time.monotonic() - begun:.0f} s", sep="\n")
     sys.exit(bool(failed))
 
 

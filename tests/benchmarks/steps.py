@@ -42,14 +42,14 @@ from train_teacher import flow_matching_loss  # noqa: E402
 
 parser = argparse.ArgumentParser()
 add = parser.add_argument
-add("--tiny", action="store_true", help="tiny sizes")
+add("--tiny", action="store_true")
 add("--preset", choices=DIT_PRESETS, default="DiTDH-XL", help="(default %(default)s)")
 add("--decoder", choices=DECODER_PRESETS, default="ViT-XL", help="(default %(default)s)")
-add("--rows", type=int, default=64, help="rows of a step (default %(default)s)")
+add("--rows", type=int, default=64, help="of a step (default %(default)s)")
 add("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
 add("--repeats", type=int, default=6, help="calls that count (default %(default)s)")
 add("--backend", default="inductor", help="of torch.compile, or none (default %(default)s)")
-add("--parts", nargs="+", default=[""], help="those alone whose names begin so")
+add("--parts", nargs="+", default=[""], help="whose names begin so")
 add("--out", type=Path, default=os.environ.get("OUT", "."), help="folder (default: $OUT, or here)")
 add("--budget", type=float, default=400, help="seconds for all, on a GPU (default %(default)g)")
 args, BEGUN, F = parser.parse_args(), time.time(), {}
@@ -84,7 +84,6 @@ def alarm(number, frame):
 
 
 def run_parts(parts):
-    """Each within its limit and what is left of the budget."""
     signal.signal(signal.SIGALRM, alarm)
     for name, limit, function in parts:
         left = args.budget - (time.time() - BEGUN) if CUDA else math.inf
@@ -107,7 +106,6 @@ def run_parts(parts):
 
 
 def timed(function, repeats=None):
-    """Numbers of a function's calls."""
     start, peak, marks = time.perf_counter(), 0, []
     if CUDA:
         function()
@@ -142,7 +140,6 @@ def timed(function, repeats=None):
 
 
 def measure(function, step, form, rows, repeats=None, **more):
-    """A line of numbers, in units of F and of the device's peak too."""
     line = {"step": step, "form": form, "rows": rows, **more, **timed(function, repeats)}
     if step in FLOOR:
         line["utilization"] = round(FLOOR[step] * rows * pass_flops() / (1e-3 * line["ms"]) / peak_flops(), 4)
@@ -259,7 +256,6 @@ def three(rows, get=compiled):
 
 
 def main_steps(rows, form="compiled", get=compiled):
-    """F, flow matching, MFD."""
     def part():
         for name, run in three(rows, get).items():
             yield measure(run, name, form, rows)
@@ -285,7 +281,6 @@ def profiles():
 
 
 def whole_step():
-    """With clip, AdamW and average."""
     h, v = compiled("student"), compiled("teacher")
     weights = [p for p in h.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights]
@@ -323,7 +318,6 @@ def published():
 
 
 def others():
-    """MFT, CMT and finite differences, compiled."""
     h, v = compiled("student"), compiled("teacher")
     yield measure(meanflow(h, v, ROWS, eta=0.0), "MFT, exact", "compiled", ROWS)
     cmt = step(lambda z_0, eps, t, y, s: consistency_loss(h, eps, z_0, t, y, t / 2), h, ROWS)
@@ -341,7 +335,6 @@ def others():
 
 
 def sampling():
-    """From noise on the device to bytes on the host, images per second."""
     with DEVICE:
         decode = lively(ViTDecoder(GRID, CHANNELS, **DECODER_PRESETS[args.decoder])).eval()
     flops = flops_of(decode, torch.zeros(1, CHANNELS, GRID, GRID, device=DEVICE))
