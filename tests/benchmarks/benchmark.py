@@ -44,7 +44,7 @@ def seconds_of(function):
     return time.perf_counter() - start
 
 
-# ---- Computed ------------------------------------------------------------------------------------------------
+# ---- Computed --------------------------------------------------------
 def count(net, *inputs):
     """(parameters, GMAC with attention scores, GMAC without) of one image."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -69,7 +69,7 @@ def decoder(name, px):
 
 
 def sd_vae_decoder(px):
-    """The decoder that RAE replaces, 4 x px/8 x px/8 latents. Architecture from diffusers, weights not needed."""
+    """The decoder that RAE replaces, by diffusers, without weights."""
     from diffusers import AutoencoderKL
     with torch.device("meta"):
         vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -91,7 +91,7 @@ def table():
 
 
 def activations(preset, px, checkpointed):
-    """Bytes that one row keeps for the backward pass in bf16: saved by autograd, in fake tensors, which need no memory."""
+    """Bytes that one row keeps for the backward pass in bf16, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def saved(n):
@@ -129,7 +129,7 @@ def fit():
     rows(("px", "preset", "stage", "checkpointed", "GB without rows", "GB a row", *(f"{card} GB" for card in cards)), lines)
 
 
-# ---- Measured ------------------------------------------------------------------------------------------------
+# ---- Measured --------------------------------------------------------
 def moments(x):
     m = Moments()
     for part in x.split(64):

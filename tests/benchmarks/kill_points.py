@@ -100,7 +100,7 @@ def in_child(function):
 
 
 def run(name, home, folder, k=None, kind=None):
-    """A script's main in a child, in `folder`. -> its exit status, the lines that it said, of which the last are the points"""
+    """A script's main in a child, in `folder`. -> its exit status, the lines that it said, points last"""
     folder.mkdir(exist_ok=True)
     said = folder.with_suffix(".said")
 
