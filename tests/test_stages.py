@@ -208,10 +208,6 @@ def test_fine_tuning_and_seeds(home, tmp_path):
 
 
 # ---- The step, the average, the log ----------------------------------------------------------------------------------
-def parts_of(folder, step):
-    """{"net": {parameter: tensor}, "ema": ..., "exp_avg": ..., "exp_avg_sq": ...} after a step, in double precision."""
-    return {part.removeprefix("optimizer/"): {name: tensor.double() for name, tensor in tensors.items()}
-            for part, tensors in state(folder, step).items()}
 
 
 @pytest.mark.parametrize("clip", [0.01, 100])
@@ -219,33 +215,30 @@ def parts_of(folder, step):
 def test_a_step_replayed(home, tmp_path, stage, clip):
     """From a state to the next: AdamW with betas (0.9, 0.95) and no weight decay, on the gradient clipped to --clip; then average <- ema
     average + (1 - ema) net, which is what is read. The states give the gradient: m' = 0.9 m + 0.1 g."""
-    start = [] if stage == "teacher" else ["--teacher", lively(home, tmp_path / "teacher")]
-    train(home, stage, tmp_path / "out", "--steps", "4", "--save-every", "1", "--ema", "0.8", "--clip", clip, "--lr-final", "5e-4", *start)
-    lines, before = log(tmp_path / "out"), parts_of(tmp_path / "out", 1)
+    start, out = [] if stage == "teacher" else ["--teacher", lively(home, tmp_path / "teacher")], tmp_path / "out"
+    train(home, stage, out, "--steps", "4", "--save-every", "1", "--ema", "0.8", "--clip", clip, "--lr-final", "5e-4", *start)
+    lines, trained = log(out), state(out)["optimizer/exp_avg"].keys()
     assert all(0.02 < line["grad_norm"] < 50 for line in lines)                   # all are clipped, or none
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 8.33333e-4, 6.66667e-4, 5e-4])
+
+    def flat(step):
+        parts = state(out, step)
+        assert parts["net"].keys() == parts["ema"].keys() > trained == parts["optimizer/exp_avg_sq"].keys()
+        return [torch.cat([parts[part][name].double().flatten() for name in trained])
+                for part in ("net", "ema", "optimizer/exp_avg", "optimizer/exp_avg_sq")]
     for step in (2, 3, 4):
-        after, line = parts_of(tmp_path / "out", step), lines[step - 1]
-        trained = after["exp_avg"].keys()
-        assert trained == after["exp_avg_sq"].keys() < after["net"].keys() == after["ema"].keys()
-        g = {name: (after["exp_avg"][name] - 0.9 * before["exp_avg"][name]) / 0.1 for name in trained}
-        norm = torch.cat([x.flatten() for x in g.values()]).norm().item()
-        assert norm == pytest.approx(min(clip, line["grad_norm"]), rel=1e-4)
-        for name in trained:
-            p, square = before["net"][name].clone().requires_grad_(), after["exp_avg_sq"][name]
-            p.grad = g[name]
-            optimizer = torch.optim.AdamW([p], lr=line["lr"], betas=(0.9, 0.95), weight_decay=0.0)
-            optimizer.state[p] = {key: before[key][name].clone() for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p]["step"] = torch.tensor(step - 1.0)
-            optimizer.step()
-            wanted = optimizer.state[p]["exp_avg_sq"]
-            torch.testing.assert_close(square, wanted, rtol=1e-4, atol=1e-6 * wanted.max().item())
-            # Weight decay of 0.01 would take 1e-5 of a weight at this learning rate.
-            torch.testing.assert_close(after["net"][name], p.detach(), rtol=1e-6, atol=1e-6)
-            average = 0.8 * before["ema"][name] + 0.2 * after["net"][name]
-            torch.testing.assert_close(after["ema"][name], average, rtol=1e-6, atol=1e-7)
-        before = after
-    assert all(torch.equal(x.double(), before["ema"][name]) for name, x in weights_of(tmp_path / "out").items())
+        (net, ema, m, v), (net_after, ema_after, m_after, v_after), line = flat(step - 1), flat(step), lines[step - 1]
+        p = net.clone().requires_grad_()
+        p.grad = (m_after - 0.9 * m) / 0.1
+        assert p.grad.norm().item() == pytest.approx(min(clip, line["grad_norm"]), rel=1e-4)
+        optimizer = torch.optim.AdamW([p], lr=line["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer.state[p] = {"step": torch.tensor(step - 1.0), "exp_avg": m, "exp_avg_sq": v}
+        optimizer.step()
+        torch.testing.assert_close(v_after, optimizer.state[p]["exp_avg_sq"], rtol=1e-4, atol=1e-6 * v_after.max().item())
+        # Weight decay of 0.01 would take 1e-5 of a weight at this learning rate.
+        torch.testing.assert_close(net_after, p.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ema_after, 0.8 * ema + 0.2 * net_after, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(x, weights(out)[name]) for name, x in weights_of(out).items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
