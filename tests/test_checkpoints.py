@@ -17,7 +17,7 @@ SIZES = dict(input_size=4, in_channels=12, num_classes=3, **TINY)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "PUBLISHED.md"
 
 
-# ---- The published files ---------------------------------------------------------------------------------------------
+# ---- The published files ----
 @pytest.mark.parametrize("kind, tensors, parameters, sha256", [
     ("teacher", 382, 838_675_796, "8daa612db238f1ecff0774453698fc9a5f3af5a59d1224f101b6e7d8cc0326d5"),
     ("student", 387, 840_595_284, "18059f2791e450ed44d2ef10080f2011e0b59abe4e232fd17a50db4a68027aff"),
@@ -91,7 +91,7 @@ def test_published_statistics(tmp_path):
     assert torch.allclose(model.denormalize(model.normalize(z, stats), stats), z, atol=1e-6)
 
 
-# ---- Refusals --------------------------------------------------------------------------------------------------------
+# ---- Refusals ----
 def test_what_does_not_fit_is_refused(teacher, tmp_path):
     """In one line; no pickle is executed."""
     state, path, ran = teacher.state_dict(), tmp_path / "net.pt", tmp_path / "ran"
@@ -133,7 +133,7 @@ def test_our_tensor_files_are_safetensors(tmp_path):
         model.load_network(path)
 
 
-# ---- What is handed on -----------------------------------------------------------------------------------------------
+# ---- What is handed on ----
 def test_a_slim_network(home, tmp_path):
     """Of a run: the average under published names, in one file of bare tensors; the same network to whatever comes after."""
     slim = tmp_path / "slim"

@@ -36,7 +36,7 @@ def published_formula(x, y):
     return ((m_1 - m_2) ** 2).sum() + np.trace(c_1) + np.trace(c_2) - 2 * np.trace(sqrtm(c_1 @ c_2)).real
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# ---- Metrics ----
 def test_frechet_distance_of_gaussians_in_closed_form():
     turn, (m_1, m_2) = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0], (np.zeros(5), np.linspace(-1, 1, 5))
     s_1, s_2 = np.arange(1.0, 6), np.array([2.0, 0.5, 3, 4, 1])
@@ -98,7 +98,7 @@ def test_inception_score_in_closed_form_and_by_splits():
     assert inception_score(sorted_classes[:6000]) == pytest.approx((5 + 1) / 2)   # the rest is a split: as in ADM
 
 
-# ---- The whole way, through a small TorchScript network with Inception's interface -----------------------------------
+# ---- The whole way, through a small TorchScript network with Inception's interface ----
 class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -278,7 +278,7 @@ def test_results_of_others_stay(place, tmp_path):
         assert out.read_text() == before
 
 
-# ---- Wrong input: one line each --------------------------------------------------------------------------------------
+# ---- Wrong input: one line each ----
 
 
 IMAGES = np.zeros((8, 32, 32, 3), np.uint8)

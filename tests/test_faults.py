@@ -1,4 +1,5 @@
 """Nothing lost, nothing wrong in silence: what stages and model.py do when something is damaged, in the way, or ends them."""
+import contextlib
 import errno
 import fcntl
 import json
@@ -47,7 +48,7 @@ def refuses(words, home, stage, out, *more):
     assert "\n" not in str(error.value) and before == files(out)
 
 
-# ---- States ----------------------------------------------------------------------------------------------------------
+# ---- States ----
 def test_states_that_are_kept(home, run):
     """Of exact names: a copy under one of one's own is neither taken nor removed, nor does it make others go."""
     mine = {"state_best.safetensors", "state_00000009.safetensors.bak", ".important.tmp"}
@@ -120,7 +121,7 @@ def test_files_are_on_the_disk_before_they_have_their_name(home, tmp_path, monke
     assert calls[at - 1] == (calls[at][0], saved.stat().st_size) and calls[at + 1][0] == str(tmp_path / "run")
 
 
-# ---- Folders in which a run begins -----------------------------------------------------------------------------------
+# ---- Folders in which a run begins ----
 @pytest.mark.parametrize("name, text, words", [
     ("log.jsonl", "{}", "something else .*empty or new"), ("notes.txt", "", "something else"), ("run.json", "[1]", "cannot read"),
     ("run.json", '{"settings": {"seed": 3}}', "other work"), (None, "mine", "something else")])
@@ -132,13 +133,12 @@ def test_a_folder_of_others_is_refused(home, tmp_path, name, text, words):
 
 
 def test_a_start_that_was_killed_begins_again(home, run):
-    """After its first lines of the log, before its first state; where states were removed, it does not."""
+    """After its first lines of the log, before its first state; where states were removed, it does not. Hidden files are nobody's."""
     for path in run.glob("state_*"):
         path.unlink()
     refuses("has a log of 2 and no state", home, "teacher", run, *TWO)
     shutil.rmtree(run)
-    run.mkdir()
-    (run / ".DS_Store").write_text("")
+    model.write_atomically(run / ".DS_Store", lambda file: None)
     once = ["--steps", "2", "--save-every", "2"]
     train(home, "teacher", run, *once)
     (run / "state_00000002.safetensors").unlink()
@@ -147,7 +147,7 @@ def test_a_start_that_was_killed_begins_again(home, run):
     assert [line["step"] for line in log(run)] == [1, 2] and 2 in model.states_of(run)
 
 
-# ---- Identity: what the inputs hold, not where they lie --------------------------------------------------------------
+# ---- Identity: what the inputs hold, not where they lie ----
 def test_other_inputs_are_refused(home, tmp_path):
     world = Path(shutil.copytree(home, tmp_path / "world"))
     for stage in STAGES:
@@ -177,7 +177,7 @@ def test_another_weak_teacher_or_time_shift_is_other_work(home, tmp_path, stage)
     refuses("time_shift: 3.0 there, 4.0 now", home, stage, tmp_path / "run", *TWO, *guided, "--time-shift", "4")
 
 
-# ---- Processes and signals -------------------------------------------------------------------------------------------
+# ---- Processes and signals ----
 def test_a_second_process_is_refused(home, run, monkeypatch, capsys):
     model.lock(run / ".lock")
     before, done = files(run), child(*arguments(home, "teacher", run, *TWO))
@@ -220,14 +220,9 @@ def test_a_lost_process_is_one_line(home, tmp_path):
 
 def signalled_second(argv):
     """One of two processes gets a signal: both save and stop."""
-    loss, calls = train_teacher.flow_matching_loss, []
-
-    def signals(*args):
-        calls.append(1)
-        if len(calls) == 2 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args)
-    train_teacher.flow_matching_loss, code = signals, None
+    loss, calls, code = train_teacher.flow_matching_loss, [], None
+    if os.environ["RANK"] == "1":
+        train_teacher.flow_matching_loss = lambda *x: calls.append(1) or len(calls) == 2 and os.kill(os.getpid(), 15) or loss(*x)
     try:
         train_teacher.main(argv)
     except SystemExit as end:
@@ -238,25 +233,21 @@ def signalled_second(argv):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "of a peer", "nohup"])
 def test_signals_save_and_stop(home, tmp_path, monkeypatch, capsys, name):
     """Twice, as torchrun and a scheduler may both send one; nohup stays nohup; a notebook's Ctrl-C is its own again."""
-    number, loss, out = getattr(signal, name, signal.SIGHUP), train_teacher.flow_matching_loss, tmp_path / "run"
+    number, loss, argv = getattr(signal, name, signal.SIGHUP), train_teacher.flow_matching_loss, ["--steps", "5", "--save-every", "5"]
     if name == "of a peer":
-        run_on(2, signalled_second, arguments(home, "teacher", out, "--steps", "9", "--save-every", "9"))
+        run_on(2, signalled_second, arguments(home, "teacher", tmp_path, *argv))
         return
     if name == "nohup":
         signal.signal(number, signal.SIG_IGN)
-    monkeypatch.setattr(train_teacher, "flow_matching_loss", lambda *x: [os.kill(os.getpid(), number) for _ in "12"] and loss(*x))
     before = signal.getsignal(number)
-    if name == "nohup":
-        train(home, "teacher", out, *TWO)
-        assert 2 in model.states_of(out)
-        return
-    with pytest.raises(SystemExit) as end:
-        train(home, "teacher", out, "--steps", "9", "--save-every", "9")
-    assert end.value.code == 128 + number and 1 in model.states_of(out) and signal.getsignal(number) is before
-    assert "stopped after step 1: the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(train_teacher, "flow_matching_loss", lambda *x: [os.kill(os.getpid(), number) for _ in "12"] and loss(*x))
+    with contextlib.nullcontext() if name == "nohup" else pytest.raises(SystemExit) as end:
+        train(home, "teacher", tmp_path, *argv)
+    assert (5 if name == "nohup" else 1) in model.states_of(tmp_path) and signal.getsignal(number) is before
+    assert name == "nohup" or end.value.code == 128 + number and "stopped after step 1: the same command goes on" in capsys.readouterr().out
 
 
-# ---- One line for what is no bug -------------------------------------------------------------------------------------
+# ---- One line for what is no bug ----
 @pytest.mark.parametrize("error, status, words", [
     (KeyboardInterrupt(), 130, "the same command goes on"), (OSError(errno.EIO, "Input/output error", "x"), 2, "Input/output error: 'x'"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "--checkpoint-activations"),
@@ -299,7 +290,7 @@ def test_what_cannot_be_written(home, run, tmp_path, monkeypatch, capsys):
     assert "warning: an old state stays" in capsys.readouterr().out and 3 in model.states_of(run)
 
 
-# ---- The log ---------------------------------------------------------------------------------------------------------
+# ---- The log ----
 
 
 def test_reading_a_log(tmp_path):

@@ -35,7 +35,7 @@ meanflow_loss, transport_derivative = meanflow.meanflow_loss, meanflow.transport
 plain = dict(loss_form="mean", loss_power=0.0)   # the squared error itself, whose gradient theory speaks of
 
 
-# ---- the published figures -------------------------------------------------------------------------------------------
+# ---- the published figures ----
 @pytest.mark.parametrize("eta, name", [(1, "mfd"), (0, "mft")])
 @pytest.mark.parametrize("derivative, delta_t", [("fd-central", 0.005), ("fd-central", 0.001), ("jvp", None)])
 def test_published_meanflow(figures, published, eta, name, derivative, delta_t):
@@ -81,7 +81,7 @@ def test_compiled_derivative_can_be_traced_on_a_gpu(published):
     assert (dh_dt - eager).norm() < 1e-5 * eager.norm()
 
 
-# ---- closed forms: Gaussian data N(m, sigma^2) per element -----------------------------------------------------------
+# ---- closed forms: Gaussian data N(m, sigma^2) per element ----
 M, SIGMA, SHAPE = 0.7, 0.4, (2, 2, 2)
 
 
@@ -188,7 +188,7 @@ def test_proposition_3_1(eta, theta, bias):
     assert abs(measured - sum(parts)) < 4 * error + 1e-12
 
 
-# ---- precision -------------------------------------------------------------------------------------------------------
+# ---- precision ----
 @pytest.mark.parametrize("derivative", ["fd", "jvp"])
 def test_precision_of_the_derivative(derivative):
     """Finite differences run in true float32 whatever is set around them, the exact derivative in what is; afterwards all is as
@@ -222,18 +222,16 @@ def test_precision_of_the_derivative(derivative):
         torch.set_float32_matmul_precision(before)
 
 
-# ---- the weight of a sample, numbers for the log, defaults -----------------------------------------------------------
+# ---- the weight of a sample, numbers for the log, defaults ----
 def test_weights():
     """Gradient by a sample's mse: (mse + c)^-p in the mean form; 2 E / (E^2 + c) with E = D mse in the published one."""
-    (z_0, eps), (t, s), d = gaussian(8), pairs_of_times(8), math.prod(SHAPE)
-    offset = torch.linspace(0.1, 2, 8, dtype=torch.double)[:, None, None, None]
-    scale, mse = torch.ones(8, dtype=torch.double, requires_grad=True), offset.flatten() ** 2
-    for form, power, c, weight in (
-            ("mean", 0.0, 1e-3, lambda e: e ** 0), ("mean", 0.5, 0.1, lambda e: (e + 0.1) ** -0.5),
-            ("mean", 1.0, 1e-2, lambda e: 1 / (e + 1e-2)), ("published", 1.0, 1e-3, lambda e: 2 * d ** 2 * e / ((d * e) ** 2 + 1e-3))):
-        loss, numbers = meanflow_loss(lambda z, t, y, s: h_exact(z, t, y, s) + offset * per_row(scale, z), v_exact, z_0, eps, t,
-                                      torch.zeros(8), s, loss_form=form, loss_power=power, loss_eps=c)
-        assert torch.allclose(torch.autograd.grad(loss, scale)[0], weight(mse) * 2 * mse / 8, rtol=1e-6)
+    (z_0, eps), (t, s), offset = gaussian(8), pairs_of_times(8), torch.linspace(0.1, 2, 8, dtype=torch.double)
+    scale, mse, d = torch.ones(8, dtype=torch.double, requires_grad=True), offset ** 2, math.prod(SHAPE)
+    for form, p, c, weight in (("mean", 0.0, 1e-3, mse ** 0), ("mean", 0.5, 0.1, (mse + 0.1) ** -0.5), ("mean", 1.0, 0.01, 1 / (mse + 0.01)),
+                               ("published", 1.0, 1e-3, 2 * d ** 2 * mse / ((d * mse) ** 2 + 1e-3))):
+        loss, numbers = meanflow_loss(lambda z, *x: h_exact(z, *x) + per_row(offset * scale, z), v_exact, z_0, eps, t, torch.zeros(8), s,
+                                      loss_form=form, loss_power=p, loss_eps=c)
+        assert torch.allclose(torch.autograd.grad(loss, scale)[0], weight * 2 * mse / 8, rtol=1e-6)
         assert numbers["mse"] == pytest.approx(float(mse.mean()), rel=1e-6)
 
 
@@ -264,7 +262,7 @@ def test_defaults_are_those_of_the_flags():
         assert len(defaults) >= 2 and defaults == {name: args[name] for name in defaults}
 
 
-# ---- the cheap step against the straightforward ones -----------------------------------------------------------------
+# ---- the cheap step against the straightforward ones ----
 @pytest.mark.parametrize("oracle, derivative, eta", [(meanflow_as_published, "fd-central", 0.3), (meanflow_all_rows, "fd", 1),
                                                      (meanflow_exact, "jvp", 0.3), (meanflow_exact, "jvp", 0)])
 def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, oracle, derivative, eta):
@@ -284,14 +282,13 @@ def test_the_cheap_step_has_the_gradient_of_the_straightforward_ones(published, 
 def test_guidance(published):
     """v_weak + w (v - v_weak), with and without a weaker teacher, within the interval alone; none for rows without label."""
     teacher, z, t, y = (published[name] for name in ("teacher", "z", "t", "y"))
-    weak = copy.deepcopy(teacher)
+    weak, none = copy.deepcopy(teacher), torch.full_like(y, teacher.num_classes)
+    inside = ((t >= 0.3) & (t <= 0.8))[:, None, None, None]
+    assert inside.any() and not inside.all()
     with torch.no_grad():
         weak.final_layer.linear.weight.mul_(0.7)
-        none = torch.full_like(y, teacher.num_classes)
         v, free, poor = teacher(z, t, y), teacher(z, t, none), weak(z, t, y)
-        torch.testing.assert_close(guided(teacher, 2.5)(z, t, y), free + 2.5 * (v - free))
-        torch.testing.assert_close(guided(teacher, 2.5, weak=weak)(z, t, y), poor + 2.5 * (v - poor))
-        inside = ((t >= 0.3) & (t <= 0.8))[:, None, None, None]
-        assert inside.any() and not inside.all()
-        torch.testing.assert_close(guided(teacher, 2.5, (0.3, 0.8))(z, t, y), torch.where(inside, free + 2.5 * (v - free), v))
-        torch.testing.assert_close(guided(teacher, 2.5)(z, t, none), free)
+        for found, wanted in ((guided(teacher, 2.5)(z, t, y), free + 2.5 * (v - free)), (guided(teacher, 2.5)(z, t, none), free),
+                              (guided(teacher, 2.5, weak=weak)(z, t, y), poor + 2.5 * (v - poor)),
+                              (guided(teacher, 2.5, (0.3, 0.8))(z, t, y), torch.where(inside, free + 2.5 * (v - free), v))):
+            torch.testing.assert_close(found, wanted)

@@ -61,7 +61,7 @@ def refuses(words, place, network, out, *more):
         run(place, network, out, *more)
 
 
-# ---- what is sampled -------------------------------------------------------------------------------------------------
+# ---- what is sampled ----
 def test_times_of_sampling(place, tmp_path, monkeypatch):
     """A student's jumps are even, whatever the shift; a teacher's steps are shifted, by a flag or its own, and end at 0.
     In bf16 where asked for, and always in inference mode."""
@@ -163,7 +163,7 @@ def test_the_lines_of_the_readme(place, tmp_path, monkeypatch):
     assert numpy.array_equal(numpy.asarray(Image.open("image.png")), images[0])
 
 
-# ---- what a sample file is known by, and what stays ------------------------------------------------------------------
+# ---- what a sample file is known by, and what stays ----
 def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch, capsys):
     images, _ = run(place, "student", tmp_path / "a.npz", "--batch-size", 8)
     original, calls, out, parts = sample.to_uint8, [], tmp_path / "c.npz", tmp_path / "c.npz.parts"
@@ -233,7 +233,7 @@ def test_a_training_state(place, tmp_path):
         assert sample.default_out(sample.parse_args([str(source), "--nfe", "2"])) == f"samples/{name}.npz"
 
 
-# ---- mistakes: one line, nothing written -----------------------------------------------------------------------------
+# ---- mistakes: one line, nothing written ----
 def test_mistakes(place, tmp_path, capsys):
     for network, flags, words in (
             ("student", ["--nfe", "0"], "--nfe: '0' is no whole number at least 1"),

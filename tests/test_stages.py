@@ -15,7 +15,7 @@ import train_meanflow
 import train_teacher
 
 
-# ---- Networks --------------------------------------------------------------------------------------------------------
+# ---- Networks ----
 def test_the_student_starts_as_the_teacher(home, tmp_path, capsys):
     """Away from the zero initialization, where all would agree."""
     teacher, student = (model.load_network(lively(home, tmp_path), kind)[0] for kind in ("teacher", "student"))
@@ -45,7 +45,7 @@ def test_initialization():
     assert seen == 6 * [torch.float32]
 
 
-# ---- What they train on ----------------------------------------------------------------------------------------------
+# ---- What they train on ----
 def is_normalized(z):
     """Data of 36 images, seen some 57 times each: mean 0 and variance 1 for each channel and position."""
     return z.mean(0).abs().max() < 0.1 and (z.var(0) - 1).abs().max() < 0.15
@@ -144,7 +144,7 @@ def test_keys_of_random_numbers_are_used_once(home, tmp_path, monkeypatch):
     assert {len([x for x in key if isinstance(x, str)]) for key in set.union(*keys_of.values())} == {1}
 
 
-# ---- Flags -----------------------------------------------------------------------------------------------------------
+# ---- Flags ----
 def test_flags_reach_the_loss(home, tmp_path, monkeypatch):
     """Derivative, step, weight: as given, not as by default; and the network is given the labels of the loss, dropped once."""
     forward, seen = model.DiTDH.forward, []
@@ -207,7 +207,7 @@ def test_fine_tuning_and_seeds(home, tmp_path):
     assert all(torch.equal(anew[k], again[k]) for k in anew) and not torch.equal(anew["s_embedder.proj.weight"], seed["s_embedder.proj.weight"])
 
 
-# ---- The step, the average, the log ----------------------------------------------------------------------------------
+# ---- The step, the average, the log ----
 
 
 @pytest.mark.parametrize("clip", [0.01, 100])

@@ -44,7 +44,7 @@ def seconds_of(function):
     return time.perf_counter() - start
 
 
-# ---- Computed --------------------------------------------------------
+# ---- Computed ----
 def count(net, *inputs):
     """(parameters, GMAC with attention scores, GMAC without) of one image."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -129,7 +129,7 @@ def fit():
     rows(("px", "preset", "stage", "checkpointed", "GB without rows", "GB a row", *(f"{card} GB" for card in cards)), lines)
 
 
-# ---- Measured --------------------------------------------------------
+# ---- Measured ----
 def moments(x):
     m = Moments()
     for part in x.split(64):

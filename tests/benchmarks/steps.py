@@ -66,7 +66,7 @@ FLOOR = {"F": 1, "flow matching": 3, "CMT, student": 3, "MFD, exact": 4.5, "MFD,
          "MFT, exact": 3.5, "MFT, finite differences": 3.5, "MFD, as published": 10}
 
 
-# ---- Parts, limits, numbers ------------------------------------------------------------------------------------------
+# ---- Parts, limits, numbers ----
 def write(**line):
     text = json.dumps({**line, "at_s": round(time.time() - BEGUN, 1)})
     with open(args.out / "steps.jsonl", "a") as file:
@@ -148,7 +148,7 @@ def measure(function, step, form, rows, repeats=None, **more):
     return line | ({"F": round(line["ms"] / F[rows], 3)} if rows in F else {})
 
 
-# ---- Networks and data -----------------------------------------------------------------------------------------------
+# ---- Networks and data ----
 def flops_of(net, *inputs):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(*inputs)
@@ -240,7 +240,7 @@ def meanflow(h, v, rows, eta=1.0, derivative="jvp"):
     return step(loss, h, rows)
 
 
-# ---- The parts -------------------------------------------------------------------------------------------------------
+# ---- The parts ----
 def about():
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     yield {"device": name, "torch": torch.__version__, "rows": ROWS, "tflop_a_row": pass_flops() / 1e12, "load": os.getloadavg()[0]}
