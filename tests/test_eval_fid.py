@@ -11,23 +11,11 @@ from scipy.linalg import sqrtm
 
 import encode_latents
 import eval_fid
-from eval_fid import Moments, frechet_distance, inception_score, main, precision_recall
+from eval_fid import frechet_distance, inception_score, main, precision_recall
 from model import InputError, read_tensors, write_tensors
 from sanity import random_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "error::ResourceWarning")
-
-
-def features(n, d, seed, scale=1.0, shift=0.0):
-    """Correlated Gaussian features with a mean, float32."""
-    r = np.random.default_rng(seed)
-    x = r.normal(size=(n, d)) @ r.normal(size=(d, d)) * scale / d**0.5
-    return (x + r.normal(size=d) + shift).astype(np.float32)
-
-
-def of(x):
-    moments = Moments().update(torch.as_tensor(x))
-    return moments.mean, moments.covariance
 
 
 def published_formula(x, y):
@@ -60,17 +48,6 @@ def test_eigenvalues_that_are_rounding():
             frechet_distance(np.zeros(2), np.eye(2), np.zeros(len(c)), c)
 
 
-def test_moments_in_parts_and_the_public_tools():
-    x, y = features(2000, 200, 0, 0.01, 1), features(1900, 200, 20, 0.011, 1)
-    whole = Moments()
-    for batch in torch.from_numpy(x).split(97):
-        whole.update(batch)
-    np.testing.assert_allclose(whole.mean, x.astype(np.float64).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(whole.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-10)
-    wanted = published_formula(x.astype(np.float64), y.astype(np.float64))
-    assert frechet_distance(*of(x), *of(y)) == pytest.approx(wanted, rel=1e-6)
-
-
 def brute_force(real, fake, k):
     def inside(points, manifold):
         radii = [sorted(((p - q) ** 2).sum() for j, q in enumerate(manifold) if j != i)[k - 1] for i, p in enumerate(manifold)]
@@ -81,7 +58,8 @@ def brute_force(real, fake, k):
 @pytest.mark.parametrize("k, block", [(1, 7), (3, 2048)])
 def test_precision_and_recall_by_brute_force(k, block):
     """On floats, and on a lattice, where distances tie and points coincide, which is where <= against < shows."""
-    r, floats = np.random.default_rng(0), features(150, 6, 0) * 1.2
+    r = np.random.default_rng(0)
+    floats = (r.normal(size=(150, 6)) * 1.2).astype(np.float32)
     lattice = r.integers(0, 4, (60, 3)).astype(np.float32), r.integers(1, 6, (80, 3)).astype(np.float32)
     for real, fake in (floats[:60], floats[60:] / 1.2), lattice, (lattice[0] + 4096, lattice[1] + 4096):
         wanted = brute_force(real.astype(np.float64), fake.astype(np.float64), k)

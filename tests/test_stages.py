@@ -216,7 +216,8 @@ def test_a_step_replayed(home, tmp_path, stage, clip):
     """From a state to the next: AdamW with betas (0.9, 0.95) and no weight decay, on the gradient clipped to --clip; then average <- ema
     average + (1 - ema) net, which is what is read. The states give the gradient: m' = 0.9 m + 0.1 g."""
     start, out = [] if stage == "teacher" else ["--teacher", lively(home, tmp_path / "teacher")], tmp_path / "out"
-    train(home, stage, out, "--steps", "4", "--save-every", "1", "--ema", "0.8", "--clip", clip, "--lr-final", "5e-4", *start)
+    train(home, stage, out, "--steps", "4", "--save-every", "1", "--ema", "0.8", "--clip", clip, "--decay-from", "0", "--lr-final", "5e-4",
+          *start)
     lines, trained = log(out), state(out)["optimizer/exp_avg"].keys()
     assert all(0.02 < line["grad_norm"] < 50 for line in lines)                   # all are clipped, or none
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 8.33333e-4, 6.66667e-4, 5e-4])
