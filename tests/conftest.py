@@ -1,4 +1,4 @@
-"""What the tests share: our files on the path, two threads, no GPU but where a test asks for it, and the published figures' weights."""
+"""What the tests share: our files on the path, no GPU but where a test asks for it, and the published figures' weights."""
 import json
 import os
 import signal
@@ -6,8 +6,7 @@ import sys
 import zlib
 from pathlib import Path
 
-# Threads that wait by spinning take the core from each other on a busy machine: a test of a second takes ten.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # spinning threads take the core from each other on a busy machine
 
 import numpy  # noqa: E402
 import pytest  # noqa: E402
@@ -17,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(2)
 
-# Tests compare to the bit and start more processes than a machine may have GPUs: they see none, nor do their children. See test_gpu.py.
+# Tests compare to the bit, and start more processes than there are GPUs: they see none. See test_gpu.py.
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 if GPU := torch.cuda.is_available():
     torch.cuda.init()                             # and count, before the variable changes
@@ -39,7 +38,7 @@ def gpu(monkeypatch):
 
 
 def uniform(name, shape):
-    """Doubles in [-1, 1) that follow from the name alone: how the published figures' weights and inputs were made."""
+    """Doubles in [-1, 1) that follow from the name alone."""
     g = numpy.random.Generator(numpy.random.PCG64(zlib.crc32(name.encode())))
     return torch.from_numpy(2 * g.random(tuple(shape)) - 1)
 

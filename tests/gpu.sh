@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What the steps cost on a GPU, at most seven minutes: ./tests/gpu.sh [--out FOLDER] [--budget SECONDS] [--tiny]
+# On a GPU, at most nine minutes: what the steps cost, and tests/test_gpu.py: ./tests/gpu.sh [--out FOLDER] [--budget SECONDS] [--tiny]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# The parts share what is compiled with the processes that they start, and with nobody else.
-TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)
+TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)              # what is compiled now counts, and not what was before
 trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
 export TORCHINDUCTOR_CACHE_DIR PYTHONUNBUFFERED=1
-"${PYTHON:-python3}" tests/benchmarks/gpu.py "$@"
+"${PYTHON:-python3}" tests/benchmarks/steps.py "$@"
+timeout 120 "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider --durations=8 tests/test_gpu.py

@@ -1,4 +1,4 @@
-"""Short runs of the training stages, and what tests look at: their files, logs, processes and complaints."""
+"""Short runs of the training stages, and what tests look at."""
 import importlib
 import json
 import os
