@@ -58,7 +58,7 @@ def open_pairs(data_path, folder, device, needs_encoder=True):
         error = encoder(images.read(few)[0].to(device)).cpu() - latents.read(few)[0]
         fit = error.abs().mean() < 0.1 * latents.stats["var"].mean().sqrt()
     if not fit or not encoder and images.sha256 != made["images"]:         # then names must do
-        raise InputError(f"{folder} does not hold the latents of the images in {data_path}, all and in order: "
+        raise InputError(f"{folder} does not hold the latents of the images in {data_path}, all in order: "
                          "give the folder that they were made from, without images that were skipped")
     return latents, images, encoder
 

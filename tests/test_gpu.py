@@ -9,7 +9,7 @@ from runs import encode, log, random_images, save_decoder, train
 import sample
 import train_meanflow
 from model import Log, jvp_by_parts, load_network, read_json, read_log
-from sanity.synthetic import write_latents, write_teacher
+from sanity.synthetic import random_latents, write_latents, write_teacher
 from train_meanflow import meanflow_loss
 
 
@@ -87,7 +87,7 @@ def test_nothing_waits_for_the_device_within_a_step(gpu, tmp_path, monkeypatch):
         write(*args)
         torch.cuda.set_sync_debug_mode("error")
     monkeypatch.setattr(Log, "write", writing)
-    write_latents(tmp_path / "latents", (64, 4, 4), 10, 64, 64)
+    write_latents(tmp_path / "latents", random_latents(64, (64, 4, 4)), [i % 10 for i in range(64)])
     write_teacher(tmp_path / "teacher", tmp_path / "latents", 10, "DiTDH-mini")
     try:
         train_meanflow.main([*f"--latents {tmp_path}/latents --teacher {tmp_path}/teacher --init {tmp_path}/teacher".split(),

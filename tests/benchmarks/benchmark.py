@@ -5,7 +5,7 @@
     python tests/benchmarks/benchmark.py --metrics      # eval_fid.py's of 50,000 x 2048 features: minutes on a CPU
     python tests/benchmarks/benchmark.py --reader       # the latents' reader from the page cache; writes 0.8 GB
     python tests/benchmarks/benchmark.py --xl           # DiTDH-XL through sample.py, random weights: 6 GB of disk
-    python tests/benchmarks/benchmark.py --degradations data/cifar10_train.zip encoder:runs/encoder48
+    python tests/benchmarks/benchmark.py --degradations data/cifar10_train.zip encoder:runs/latents48
 
 GMAC: billions of multiply-adds of one image, once with the attention's two products of scores and values, once, as the paper
 counts, without.
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from encode_latents import Images, Latents, batches_of, read_ahead  # noqa: E402
 from eval_fid import Moments, frechet_distance, load_features, precision_recall  # noqa: E402
 from model import DECODER_PRESETS, DIT_PRESETS, DiTDH, ViTDecoder, launch  # noqa: E402
-from sanity.synthetic import write_latents  # noqa: E402
+from sanity.synthetic import random_latents, write_latents  # noqa: E402
 
 
 def rows(heads, lines):
@@ -151,7 +151,7 @@ def metrics(count=50_000, reference=10_000, width=2048):
 def reader(count=2048, px=256):
     """Samples per second, random order, one process; and of plainly reading the same bytes. Medians of 3."""
     with tempfile.TemporaryDirectory() as folder:
-        write_latents(Path(folder), (768, px // 16, px // 16), 1000, count, px, 512)
+        write_latents(folder, random_latents(count, (768, px // 16, px // 16)), range(count), shard_size=512)
         latents = Latents(folder)
 
         def plain():
@@ -165,7 +165,7 @@ def reader(count=2048, px=256):
                 pass
         plain()
         for name, function in (("plain sequential read", plain), ("reader, random order", ours)):
-            print(f"{name}: {count / statistics.median(seconds_of(function) for _ in range(3)):,.0f} samples/s")
+            print(f"{name}: {count / statistics.median(seconds_of(function) for _ in range(3)):,.0f} samples/s", flush=True)
 
 
 def xl():
