@@ -342,14 +342,14 @@ def test_given_latents_train_a_teacher(tmp_path):
 def test_the_lines_of_the_page(tmp_path, monkeypatch):
     """docs/DATA.md's two programs, as they stand there."""
     page = (runs.ROOT / "docs/DATA.md").read_text()
-    own, given = (block for block in re.findall(r"```\n(.*?)```", page, flags=re.S) if block.startswith("from encode_latents"))
+    own, given = (block for block in re.findall(r"```\n(.*?)```", page, flags=re.S) if "\nfrom encode_latents" in block)
     monkeypatch.chdir(tmp_path)
     random_images(tmp_path / "my_images", classes=2, each=3)
-    exec(own, {"torch": torch})
+    exec(own, {})
     let_go()
     assert Latents("data/latents").about["encoder"]["id"] == "Mine" and len(Latents("data/latents")) == 6
     (tmp_path / "data").rename("before")
     numpy.save("latents.npy", numpy.zeros((4, 4, 32, 32)))
-    exec(given, {"numpy": numpy, "labels": [0, 1, 1, 0]})
+    exec(given, {"labels": [0, 1, 1, 0]})
     let_go()
     assert Latents("data/latents").classes == ["cat", "dog"]

@@ -162,6 +162,23 @@ def test_the_tables_of_pages(letter, seeds):
     assert len(found) > 10 and not set(found) - set(re.findall(r"\d+\.\d+", printed))
 
 
+def test_the_table_of_page_j():
+    """From its numbers: changes by guidance, MFD by start and weight, and three times in its first line."""
+    found = {arm: model.read_json(NUMBERS / f"j-{arm}.json")["in latents"] for arm in ("semantic", "random")}
+
+    def change(arm, seed, w):
+        return found[arm][f"teacher {seed}, w = {w}"]["distance"] / found[arm][f"teacher {seed}, w = 1"]["distance"] - 1
+    for w in (1.5, 2):
+        cells = [", ".join(f"{change(arm, seed, w):.0%}" for seed in (0, 1)) for arm in found]
+        assert all(f"{cell} (" in page("j") for cell in cells), cells
+    semantic_gain, random_gain = (change(arm, 0, 1.5) + change(arm, 1, 1.5) for arm in found)
+    assert round(semantic_gain / random_gain) == 3 and "three times" in page("j").splitlines()[2]
+    for start, name in (("cmt", "CMT"), ("teacher-0", "the teacher")):
+        cells = [", ".join(f"{found[arm][f'MFD from {start}, {weight}']['distance']:.3f}" for weight in ("mild", "published"))
+                 for arm in found]
+        assert f"MFD from {name}" in page("j") and " | ".join(cells) in page("j")
+
+
 def test_headlines():
     """What the first lines of pages c, h, k and l say, from the numbers that they stand on."""
     def rows(name):

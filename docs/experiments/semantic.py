@@ -24,11 +24,12 @@ from meaning import Judge  # noqa: E402
 from run import PUBLISHED_WEIGHT, call  # noqa: E402
 from torch import nn  # noqa: E402
 
-from encode_latents import Images, encode  # noqa: E402
+from encode_latents import Images, Latents, encode  # noqa: E402
 from eval_fid import Moments  # noqa: E402
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, digest_of, generator, load_decoder, load_network, location, ode_times, provenance,
-    read_json, read_log, read_tensors, say, solve_ode, write_json, write_tensors)
+    ArgumentParser, InputError, command, digest_of, generator, guided, load_decoder, load_network, location, normalize, ode_times,
+    provenance, read_json, read_log, read_tensors, say, solve_ode, write_json, write_tensors)
+from sample import generate, noise_and_labels  # noqa: E402
 from sanity.report import decode, distance, draw_picture, read, read_samples  # noqa: E402
 
 DATA, RUNS = "runs/photographs", "runs/experiments/j"
@@ -250,6 +251,43 @@ def measure(arm, wheels, judge, lite2, rate, losses):
     return {"encoder": facts, "rows": found, "largest gradient norm": {row: max(x) for row, x in norms.items()}, **provenance()}
 
 
+@torch.no_grad()
+def in_latents(arm, wheels, judge):
+    """Without a decoder, added when its pictures had been seen: what the arm's own latents say of what is generated in them.
+
+    {row: Frechet distance of mean tokens to those of images kept out, as a share of their variance, its bootstrap, and the class
+    accuracy of a ridge regression fitted to the training latents}."""
+    at, latents = Path(RUNS, arm), Latents(Path(RUNS, arm, "latents"))
+
+    def mean(z):
+        return normalize(z.float(), latents.stats).mean((2, 3))
+    known, labels = latents.read(list(range(len(latents))))
+    known, hot = mean(known).double(), F.one_hot(labels).double()
+    held_out = mean(see(encoder_of(arm, wheels), judge.real))
+    variance, reference = moments(held_out).covariance.trace().item(), moments(held_out)
+
+    def row(x, y):
+        accuracy = (ridge(known, hot, x.double(), 1e-2).argmax(1) == y).double().mean().item()
+        return {"distance": distance(moments(x), reference) / variance, "spread": spread(x, reference) / variance, "accuracy": accuracy}
+    order = torch.randperm(len(known), generator=generator("cpu", "in latents"))[:SAMPLES]
+    found = {"training latents": row(known[order].float(), labels[order]), "latents kept out": row(held_out, judge.labels)}
+    jobs = [(f"teacher {seed}, w = {w}", f"teacher-{seed}", w, None) for seed in (0, 1) for w in (1, 1.5, 2)]
+    jobs += [("teacher 0, auto w = 1.5", "teacher-0", 1.5, at / f"teacher-0/state_{STEPS['weak']:08d}.safetensors"), ("CMT", "cmt", 1, None)]
+    jobs += [(row.stem.replace("_", " "), row.stem.replace(",_", "-").replace("_", "-"), 1, None)
+             for row in sorted(Path(at, "samples").glob("MFD*.npz"))]
+    for name, run, w, weak in jobs:
+        net, about = load_network(at / run)
+        v = guided(net.eval(), w, weak=weak and load_network(weak)[0].eval()) if w != 1 else None
+        parts = []
+        for i in range(0, SAMPLES, 250):
+            z, y = noise_and_labels(range(i, i + 250), 0, net.shape, 10)
+            z = generate(net, z, y, 1 if net.r_embedder else 20, "heun", about["time_shift"], v)
+            parts.append((z.mean((2, 3)), y))
+        found[name] = row(*map(torch.cat, zip(*parts, strict=True)))
+        say(f"{arm}, {name}: {found[name]}")
+    return found
+
+
 def picture(arms, judge, wheels):
     """docs/images/experiment-j.png: images kept out, and of each arm what decoder, teacher and MFD make."""
     first = [judge.labels.tolist().index(k) for k in range(10)]
@@ -327,6 +365,7 @@ def main(argv=None):
     lite2, numbers = Lite2(args.wheels, judge.train), {}
     for arm, (rate, losses) in rates.items():
         numbers[arm] = measure(arm, args.wheels, judge, lite2, rate, losses)
+        numbers[arm]["in latents"] = in_latents(arm, args.wheels, judge)
         write_json(Path(RUNS).parent / f"j-{arm}.json", numbers[arm])
     picture(args.arms, judge, args.wheels)
     print(table(numbers))
