@@ -773,6 +773,21 @@ def lock(path):
 LOCKS = []
 
 
+def start_folder(out, record, content, key, free=()):
+    """Make `out` the folder of the work that its file `record` describes, or see that it is; keep others out.
+
+    content: of `record`. What stands there under `key` must agree, settings named in `free` aside.
+    InputError: other work or something else is there, or another process writes there."""
+    path = Path(out, record)
+    if path.exists():
+        refuse_other(out, read_json(path).get(key, {}), content[key], free)
+    elif path.parent.is_file() or any(path.parent.glob("[!.]*")):
+        raise InputError(f"{out} holds something else: give an --out that is empty or new")
+    lock(path.with_name(".lock"))
+    if not path.exists():
+        write_json(path, content)
+
+
 def write_json(path, content):
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
@@ -1058,9 +1073,7 @@ def begin_run(about, net, average, optimizer):
     settings = about["settings"]
     out, step, seconds = Path(settings["out"]), 0, 0.0
     if is_first():
-        if not states_of(out):
-            check_new(out, settings)
-        lock(out / ".lock")
+        start_folder(out, "run.json", {"settings": settings, **provenance()}, "settings", FREE)
     if states := states_of(out):
         step, path = next(iter(states.items()))
         before = {"settings": {}, "step": None, **read_tensors(path, only=())[1]}
@@ -1097,20 +1110,6 @@ def begin_run(about, net, average, optimizer):
         say(f"warning: by --ema {settings['ema']} the average of {steps:,} steps stays mostly the "
             f"first weights: {max(0.0, 1 - 5 / steps):.4g} fits")
     return step, seconds
-
-
-def check_new(out, settings):
-    """InputError, unless `out` is new or empty, or holds this very run's start, killed before it saved."""
-    there = sorted(path.name for path in out.glob("[!.]*")) or [out.name] * out.is_file()
-    if there and not {"run.json"} <= set(there) <= {"run.json", "log.jsonl"}:
-        raise InputError(f"{out} holds something else ({there[0]}): give an --out that is empty or new")
-    if there:
-        before = read_json(out / "run.json").get("settings", {})
-        refuse_other(out, before, settings, FREE)
-        logged = max((line["step"] for line in read_log(out)), default=0)
-        if logged > min(before["steps"], before["save_every"] or math.inf):
-            raise InputError(f"{out} has a log of {logged:,} and no state: restore it, or give another "
-                             "--out")
 
 
 def provenance():

@@ -58,7 +58,9 @@ MUTATIONS = {
         ('seed, "flips", number', 'seed, "epoch", number', "stages: keys; encode_latents: flips"),
         ("range(first_step, last_step)", "range(last_step - first_step)", "encode_latents: rows; resume: gone_on"),
         ("(pixels / 257).round()", "(pixels / 256).round()", "encode_latents: odd"),
-        ("if not z.isfinite().all():", "if False:", "encode_latents: float16"),
+        ("if not squares.isfinite().all():", "if False:", "encoders: given"),
+        ("check=k not in made", "check=False", "encode_latents: going_on"),
+        ("if rank == 0 and missing:", "if False:", "encode_latents: made_again"),
         ("digest_of(self.stats), self.data.sha256", "digest_of(self.stats)", "faults: other_inputs; encode_latents: identity"),
     ],
     "train_teacher.py": [
