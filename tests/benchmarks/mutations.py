@@ -43,7 +43,7 @@ MUTATIONS = {
         ("_norm([*net.parameters(), *average.parameters()", "_norm([*net.parameters()", "resume: not_finite"),
         ('for moment in ("exp_avg", "exp_avg_sq")', 'for moment in ("exp_avg",)', "resume: gone_on"),
         ("return step, seconds", "return step, 0.0", "stages: seconds"),
-        ("refuse_other(out, before, settings, FREE)", "pass", "faults: killed or folder"),
+        ("content[key], free)", "content[key], content[key])", "faults: killed or folder"),
         ("math.sqrt(mean / world)", "mean / world", "stages: norm"),
         ('isfinite(line["loss"] + line["grad_norm"])', 'isfinite(line["loss"])', "stages: norm"),
         ('lines[line["step"]] = line', 'lines.setdefault(line["step"], line)', "faults: log"),
