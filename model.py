@@ -502,8 +502,6 @@ def command(main):
             hint = ": out of memory: smaller --micro-batch, or --checkpoint-activations"
         elif isinstance(error, dist.DistError) or "gloo" in text:
             hint = ": another process is lost: see what it said, then repeat the command"
-        elif "compiler found" in text or "find C compiler" in text:
-            hint = ": install one, or leave --compile out"
         elif not isinstance(error, (InputError, OSError)):
             raise
         leave(2, f"error: {text[:300] if hint else text}{hint}")
@@ -540,17 +538,13 @@ def progress(items, total, unit):
 def launch(hours=0.5):
     """Join torchrun's processes, if any. Returns (device, rank, number of processes).
 
-    hours: how long one waits for another.
-    InputError: the environment is not torchrun's, or has no GPU for each process."""
-    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    given = {name: os.environ.get(name, default) for name, default in given.items()}
-    if not all(n.isdecimal() for n in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        raise InputError(f"the environment has {given}: unset these, or start with torchrun")
-    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    if "WORLD_SIZE" not in os.environ and any(os.environ.get(name, "1") != "1" for name in tasks):
-        raise InputError("srun or mpirun started several tasks, all with the same work: let each node run "
-                         "torchrun --nnodes=N --nproc_per_node=GPUS ... (the script's first lines show it)")
-    rank, local, world = map(int, given.values())
+    hours: how long one waits for another. InputError: srun's tasks, or no GPU for each process."""
+    by_torchrun = "WORLD_SIZE" in os.environ
+    if not by_torchrun and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        raise InputError("srun started several tasks, all with the same work: let each node run torchrun "
+                         "--nnodes=N --nproc_per_node=GPUS ... (the script's first lines show it)")
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+    rank, local, world = (int(os.environ[name]) for name in names) if by_torchrun else (0, 0, 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -706,9 +700,9 @@ def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
     return guided(teacher, args.guidance, interval), None
 
 
-# What may change when a run goes on; and paths, since inputs are known by what lies there.
+# What may change when a run goes on; and paths of inputs, which are known by what lies there.
 FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_activations workers log_every "
-           "save_every keep keep_every out latents data_path teacher weak_teacher init stats".split())
+           "save_every keep keep_every out latents data_path teacher weak_teacher stats".split())
 
 
 def refuse_other(where, before, now, free=()):
@@ -1086,10 +1080,7 @@ def begin_run(about, net, average, optimizer):
             parts, *_ = read_tensors(path, only=(part,))
             for name, x in tensors.items():
                 x.copy_(parts[part][name])
-        seconds, steps, init = before["seconds"], before["settings"]["steps"], before["settings"].get("init")
-        if init != settings.get("init"):
-            say(f"--init is not read any more: the run began from {init}")
-            settings["init"] = init
+        seconds, steps = before["seconds"], before["settings"]["steps"]
         if steps != settings["steps"] and settings["lr"] != settings.get("lr_final"):
             say(f"--steps was {steps:,}: the learning rate now falls over {settings['steps']:,}")
     if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:
