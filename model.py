@@ -1066,7 +1066,9 @@ def begin_run(about, net, average, optimizer):
     cannot be read. Nothing has changed then."""
     settings = about["settings"]
     out, step, seconds = Path(settings["out"]), 0, 0.0
-    if is_first():
+    if is_first() and states_of(out):
+        lock(out / ".lock")
+    elif is_first():
         start_folder(out, "run.json", {"settings": settings, **provenance()}, "settings", FREE)
     if states := states_of(out):
         step, path = next(iter(states.items()))
