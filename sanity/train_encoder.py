@@ -118,7 +118,7 @@ def main(argv=None):
     average = train(
         args, about, student, images.read, order[kept:], loss_of, rate, judge, clip=1, weight_decay=0.05)
     found = judge(average)
-    save_dinov2(Path(args.out), average[0], {"training": {**about["settings"], "trained": found}})
+    save_dinov2(Path(args.out), average[0], {"training": {**about["settings"], **found}})
     say(f"{args.out}: averaged weights, {found}")
 
 
