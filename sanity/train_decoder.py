@@ -48,11 +48,11 @@ def open_pairs(data_path, folder, device, needs_encoder=True):
         raise InputError(f"{folder} holds latents that were given, without images")
     images = remember(Images(data_path, made["image_size"]))
     if images.sha256 != made["images"]:
-        raise InputError(f"{folder} does not hold the latents of the images in {data_path}, all in order: "
+        raise InputError(f"{folder} does not hold the latents of the images in {data_path}: "
                          "give the folder that they were made from")
     if images.image_size % latents.shape[1]:
-        raise InputError(f"{images.image_size} px do not divide into {latents.shape[1:]} tokens: encode with "
-                         "another --image-size or --encoder-size")
+        raise InputError(f"{images.image_size} px do not divide into {latents.shape[1:]} tokens: "
+                         "encode with another --image-size")
     return latents, images, encoder_of(folder).to(device) if needs_encoder else None
 
 
@@ -74,13 +74,15 @@ def main(argv=None):
     args = parse_args(argv)
     device, *_ = launch()
     latents, images, encoder = open_pairs(args.data_path, args.latents, device, args.feature_weight > 0)
-    spread, made_by = latents.stats["var"].mean().sqrt().item(), latents.about["encoder"]
+    spread = latents.stats["var"].mean().sqrt().item()
+    made_by = latents.about["encoder"]
     kept_out = min(HELD_OUT, len(latents) // 4)
     g = generator("cpu", args.seed, "decoder", "held out")
     order = torch.randperm(len(latents), generator=g).tolist()
 
     def read(rows):
-        return latents.read(rows)[0].to(device).float(), images.read(rows)[0].to(device).float() / 255
+        z, x = (data.read(rows)[0].to(device).float() for data in (latents, images))
+        return z, x / 255
 
     def loss_of(step, z, x):
         g = generator(device, args.seed, "decoder", step)
@@ -92,11 +94,15 @@ def main(argv=None):
         return args.lr * min(1, step / 50) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
 
     torch.manual_seed(args.seed)
-    (channels, grid, _), sizes = latents.shape, DECODER_PRESETS[args.preset]
+    channels, grid, _ = latents.shape
+    sizes = DECODER_PRESETS[args.preset]
     norm = made_by["identity"].get("image_norm", (IMAGE_MEAN, IMAGE_STD))
-    decoder = ViTDecoder(grid, channels, **sizes, patch_size=images.image_size // grid, image_norm=norm)
-    about = {"kind": "decoder", "num_heads": sizes["num_heads"], "encoder": made_by, "image_norm": norm,
-             "stats": latents.stats, "settings": {**vars(args), "sha256 of latents": latents.sha256}}
+    patch = images.image_size // grid
+    decoder = ViTDecoder(grid, channels, **sizes, patch_size=patch, image_norm=norm)
+    about = {
+        "kind": "decoder", "num_heads": sizes["num_heads"], "encoder": made_by, "image_norm": norm,
+        "stats": latents.stats,
+        "settings": {**vars(args), "sha256 of latents": latents.sha256}}
     held_out = read(order[:kept_out])
     train(args, about, decoder.to(device), read, order[kept_out:], loss_of, rate,
           lambda average: quality(average, *held_out), weight_decay=0.0, fused=True)

@@ -1,12 +1,11 @@
 """A small encoder for images that DINOv2 does not know: a folder for `--encoder` of encode_latents.py.
 
-    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder           # from labels
-    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder --objective self
+    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder
 
 A Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens; z, their mean, stands for
-the image. labels: cross entropy of a linear layer on z. self: two views of an image find each other among
-the batch's (SimCLR, arXiv 2002.05709). The weights' average is saved; each state logs its k-NN accuracy on a
-tenth of the images, kept out.
+the image. --objective labels: cross entropy of a linear layer on z; self: two views of an image find each
+other among the batch's (SimCLR, arXiv 2002.05709). The weights' average is saved; each state logs its k-NN
+accuracy on a tenth of the images, kept out.
 """
 import math
 import sys
