@@ -2,15 +2,14 @@
 
     python sanity/digits.py --out data/digits     -> data/digits/train/CLASS/00000.png, .../held-out/...
 
-Ten classes; size, place, angle and the two colours vary. An image follows from seed, split, class and index
-alone, so that asking for more changes none of the earlier ones.
+Ten classes; size, place, angle and the two colours vary. An image follows from split, class and index alone,
+so that asking for more changes none of the earlier ones.
 """
 import functools
-import hashlib
 import math
 import os
+import shutil
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, lock, number, read_json, refuse_other, say, whole, write_json)
+    ArgumentParser, command, lock, read_json, refuse_other, say, whole, write_json)
 
 SPLITS = ("train", "held-out")
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -42,9 +41,9 @@ def colour(rng, light):
     return value * (1 - saturation * (1 - np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)))
 
 
-def draw(seed, split, digit, index, size):
+def draw(split, digit, index, size):
     """One image, (size, size, 3) uint8."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), digit, index])
+    rng = np.random.default_rng([0, SPLITS.index(split), digit, index])
     paper, ink = colour(rng, light=False), colour(rng, light=True)
     while abs((paper - ink) @ LUMA) < 0.35:        # a bright blue on a dark yellow would be hard to read
         paper, ink = colour(rng, light=False), colour(rng, light=True)
@@ -63,11 +62,11 @@ def draw(seed, split, digit, index, size):
     return np.round(255 * (paper + (ink - paper) * cover)).astype(np.uint8)
 
 
-def write_class(out, seed, split, digit, count, size):
-    folder = Path(out, split, str(digit))
-    folder.mkdir(parents=True, exist_ok=True)
+def write_class(folder, split, digit, count, size):
+    folder = Path(folder, split, str(digit))
+    folder.mkdir(parents=True)
     for index in range(count):
-        image = Image.fromarray(draw(seed, split, digit, index, size))
+        image = Image.fromarray(draw(split, digit, index, size))
         image.save(folder / f"{index:05}.png", compress_level=1)
 
 
@@ -75,41 +74,31 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", default="data/digits", help="folder to write")
-    add("--train", type=whole(10), default=20000, metavar="IMAGES", help="to train on, a multiple of 10")
+    add("--train", type=whole(10), default=20000, metavar="IMAGES", help="to train on, a tenth of each class")
     add("--held-out", type=whole(10), default=5000, metavar="IMAGES", help="for the evaluation, likewise")
-    add("--image-size", type=number(int, 8, 2 ** 12), default=32, metavar="PX", help="pixels")
-    add("--seed", type=whole(0), default=0, help="other seeds draw other images")
-    args = parser.parse_args(argv)
-    if args.train % 10 or args.held_out % 10:
-        parser.error("--train and --held-out must be multiples of 10: every class has as many")
-    return args
+    add("--image-size", type=whole(8), default=32, help="pixels")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args, start = parse_args(argv), time.time()
-    counts = dict(zip(SPLITS, (args.train, args.held_out), strict=True))
-    out, settings = Path(args.out), {**counts, "image_size": args.image_size, "seed": args.seed}
-    # Other code or another font: other digits.
-    first = [draw(args.seed, "train", digit, 0, args.image_size) for digit in range(10)]
-    settings["sha256_of_first"] = hashlib.sha256(np.stack(first)).hexdigest()
-    marker = out / "digits.json"
-    if out.exists() and not marker.exists():
-        if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
-            raise InputError(f"{out} holds something else already: give another --out")
-    lock(out / ".lock")
-    if marker.exists():
-        found = read_json(marker)
-        refuse_other(out, {**found, "complete": None}, {**settings, "complete": None})
-        if found.get("complete") is True:
-            return say(f"{out} is complete, {sum(counts.values())} images")
-    # Interrupted, it starts over: the images are the same.
-    write_json(marker, {**settings, "complete": False})
-    jobs = [(out, args.seed, split, digit, count // 10, args.image_size)
-            for split, count in counts.items() for digit in range(10)]
-    with ProcessPoolExecutor(min(os.cpu_count(), 10)) as pool:
-        list(pool.map(write_class, *zip(*jobs, strict=True)))
-    write_json(marker, {**settings, "complete": True})
-    say(f"{out}: {sum(counts.values())} images of {args.image_size} pixels in {time.time() - start:.1f} s")
+    args = parse_args(argv)
+    out, settings = Path(args.out), {name: x for name, x in vars(args).items() if name != "out"}
+    lock(out.with_name(f".{out.name}.lock"))
+    if out.exists():
+        refuse_other(out, read_json(out / "digits.json"), settings)
+        return say(f"{out} is there")
+    half = out.with_name(f".{out.name}.tmp")      # `out` is whole or absent
+    shutil.rmtree(half, ignore_errors=True)       # of a call that was killed
+    jobs = [(half, split, digit, count // 10, args.image_size)
+            for split, count in zip(SPLITS, (args.train, args.held_out), strict=True) for digit in range(10)]
+    try:
+        with ProcessPoolExecutor(min(os.cpu_count(), 10)) as pool:
+            list(pool.map(write_class, *zip(*jobs, strict=True)))
+        write_json(half / "digits.json", settings)
+        os.replace(half, out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    say(f"{out}: digits of {args.image_size} pixels")
 
 
 if __name__ == "__main__":

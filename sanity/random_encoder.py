@@ -38,7 +38,7 @@ def dinov2(width, depth, heads, patch, image_size, **more):
         image_size=image_size, **more))
 
 
-def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
+def random_dinov2(width, depth, heads, patch, seed):
     """A Dinov2WithRegistersModel whose weights follow from `seed` alone."""
     # Its own initialization is replaced below, all of it.
     with torch.random.fork_rng(devices=[]):
@@ -73,13 +73,13 @@ def random_dinov2(width=64, depth=2, heads=4, patch=8, seed=0):
     return net
 
 
-def check_folder(out, name, parts):
-    """InputError, unless `out` is empty or new, or holds just these tensors, and their JSON perhaps."""
-    there = {file.name for file in out.glob("[!.]*")} or set([out.name] * out.is_file())
-    more = there - {name, "config.json", "preprocessor_config.json"}
-    if there and (name not in there or more or read_tensors(out / name)[2] != {
-            part: digest_of(tensors) for part, tensors in parts.items()}):
+def start_folder(out, parts):
+    """Lock `out`. InputError: it holds anything but these very tensors, and their JSON perhaps."""
+    model, there = out / "model.safetensors", {path.name for path in out.glob("[!.]*")}
+    other = out.is_file() or there - {model.name, "config.json", "preprocessor_config.json"}
+    if other or there and read_tensors(model)[2] != {part: digest_of(x) for part, x in parts.items()}:
         raise InputError(f"{out} holds something else: give an --out that is empty or new")
+    lock(out / ".lock")
 
 
 def save_dinov2(out, net, more):
@@ -169,13 +169,12 @@ def main(argv=None):
     settings = {"untrained": True, "hidden_size": args.width, "num_hidden_layers": args.depth,
                 "num_attention_heads": args.heads, "patch_size": args.patch, "seed": args.seed}
     net = random_dinov2(args.width, args.depth, args.heads, args.patch, args.seed)
-    if (out / "config.json").exists():
+    if there := (out / "config.json").exists():
         found = read_json(out / "config.json")
         refuse_other(out, {name: found.get(name) for name in settings}, settings)
-    check_folder(out, "model.safetensors", {"": net.state_dict()})
-    if (out / "config.json").exists() and (out / "model.safetensors").exists():
+    start_folder(out, {"": net.state_dict()})
+    if there:
         return say(f"{out} is there: an encoder with random weights")
-    lock(out / ".lock")
     save_dinov2(out, net, settings)
     say(f"{out}: an encoder with random weights, {args.width} channels, patches of {args.patch} px")
 

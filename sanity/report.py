@@ -5,12 +5,7 @@
 Frechet distances to held-out images: of the latents' encoder, and of the third block of a classifier that is
 fitted here to the training images. Its last block does not judge: it knows little but the class.
 """
-import hashlib
-import io
-import json
-import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import Images, batches_of, encoder_of  # noqa: E402
 from eval_fid import Moments, NpzImages, frechet_distance  # noqa: E402
 from model import (  # noqa: E402
-    ArgumentParser, InputError, command, launch, load_decoder, lock, provenance, read_json, read_log,
-    read_tensors, say, whole, write_atomically, write_json, write_tensors)
+    ArgumentParser, InputError, command, launch, load_decoder, lock, provenance, read_log, say, whole,
+    write_atomically, write_json)
 from sample import read_about, to_uint8  # noqa: E402
 
 COLUMNS = ("teacher 50", "teacher 1", "CMT 1", "MFD 1", "MFD 2", "MFT 1")
@@ -58,43 +53,27 @@ class Classifier(nn.Module):
         return x.mean((2, 3)), last, self.head(last)
 
 
-def fit(net, images, labels, steps, seed, device):
+def fit_classifier(images, steps, seed, device):
+    """A Classifier fitted to all of `images`, an Images."""
+    torch.manual_seed(seed)
+    net, (x, y) = Classifier(len(images.classes)).to(device), images.read(range(len(images)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for rows in batches_of(len(images), seed, 128, [(0, 128)], 0, steps):
-        F.cross_entropy(net(images[rows].to(device))[-1], labels[rows].to(device)).backward()
+    for rows in batches_of(len(x), seed, 128, [(0, 128)], 0, steps):
+        F.cross_entropy(net(x[rows].to(device))[-1], y[rows].to(device)).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-def classifier(path, train, sample, steps, seed, device):
-    """The one kept at `path`, if fitted to images of these names and pixels; else made."""
-    key = hashlib.sha256(json.dumps([train.classes, train.paths, train.image_size, steps, seed]).encode())
-    key.update(sample.numpy())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Classifier(len(train.classes)).to(device)
-    if path.exists() and read_tensors(path)[1] == {"key": key.hexdigest()}:
-        net.load_state_dict(read_tensors(path)[0][""])
-    else:
-        fit(net, *read(train, range(len(train))), steps, seed, device)
-        write_tensors(path, {"": net.state_dict()}, {"key": key.hexdigest()})
     return net.eval()
 
 
-def read(images, indices):
-    """-> uint8 (N, 3, S, S), labels (N,)"""
-    return images.read(list(indices))
-
-
-def read_samples(path, size, classes, nfe=None):
+def read_samples(path, size, classes):
     """A file of sample.py's -> uint8 (N, 3, S, S), labels (N,), which must be i mod `classes`."""
-    images, made = NpzImages(path), read_about(path)["nfe"]
+    images = NpzImages(path)
     labels = torch.arange(len(images)) % classes
-    if (images.image_size, made) != (size, nfe or made) or not np.array_equal(np.load(path)["arr_1"], labels):
-        raise InputError(f"{path}, {images.image_size} px, --nfe {made}: wanted are {size} px, {nfe or made} "
-                         f"evaluations, image i of class i mod {classes}")
+    if images.image_size != size or not np.array_equal(np.load(path)["arr_1"], labels):
+        raise InputError(f"{path} has images of {images.image_size} px: wanted are {size} px, and image i of "
+                         f"class i mod {classes}, as sample.py draws without --labels")
     return images.read(range(len(images)))[0], labels
 
 
@@ -129,9 +108,9 @@ def likeness(images, teacher, classes):
     return same / other if other else 0.0
 
 
-def judge(rows, held_out_count):
+def judge(rows):
     """What must hold, as far as there are rows, and whether it does."""
-    fewest = min(held_out_count, *(row["count"] for row in rows.values()))
+    fewest = min(row["count"] for row in rows.values())
     checks = [("images >= 5000", str(fewest), fewest >= 5000)]
     for kind, name, relation, c, sign, other in CHECKS:
         for column in ("encoder", "classifier") if kind == "distance" else (kind,):
@@ -143,41 +122,22 @@ def judge(rows, held_out_count):
     return [dict(zip(("statement", "figures", "holds"), check, strict=True)) for check in checks]
 
 
-def read_seconds(run):
-    """{stage: seconds} by seconds.txt; of a training that was interrupted, what its log has counted."""
-    path, seconds = run / "seconds.txt", {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        name, _, n = line.rpartition(" ")
-        seconds[name] = max([float(n), *(row["seconds"] for row in read_log(run / name.lower())[-1:])])
-    return seconds
-
-
 def draw_picture(path, columns, names):
-    """PNG below 1 MB: a row for each of `names`, a column for each {title: uint8 (rows, 3, S, S)}."""
-    size = next(iter(columns.values())).shape[2]
-    cell, font = size * (96 // size) if size <= 96 else 96, ImageFont.load_default(14)
+    """PNG: a row for each of `names`, a column for each {title: uint8 (rows, 3, S, S)}."""
+    cell, font = 96, ImageFont.load_default(14)
     left = int(max(map(font.getlength, names))) + 12
-    titles = [title.replace(", ", ",\n") for title in columns]             # arms have long names
-    top = 26 + 17 * max(title.count("\n") for title in titles)
-    x, y = (range(start, 10 ** 6, cell + 4) for start in (left, top))
+    x, y = (range(start, 10 ** 6, cell + 4) for start in (left, 26))
     picture = Image.new("RGB", (x[len(columns)], y[len(names)]), "white")
     pen = ImageDraw.Draw(picture)
     for row, name in enumerate(names):
         pen.text((left - 6, y[row] + cell / 2), name, "black", font, "rm")
-    for column, title in enumerate(titles):
-        narrow = ImageFont.load_default(14 * min(1, cell / max(map(font.getlength, title.split("\n")))))
-        pen.text((x[column] + cell / 2, top / 2), title, "black", narrow, "mm", align="center")
-    # Of photographs, smoothly enlarged, too many bytes: then as squares, then with a palette.
-    smooth, squares = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
-    for resampling, colours in ((smooth, 0), (squares, 0), (smooth, 256)):
-        for column, images in enumerate(columns.values()):
-            for row, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-                picture.paste(Image.fromarray(image).resize((cell, cell), resampling), (x[column], y[row]))
-        file = io.BytesIO()
-        (picture.quantize(colours) if colours else picture).save(file, "PNG")
-        if file.tell() < 1_000_000:
-            break
-    write_atomically(path, lambda out: out.write(file.getvalue()))
+    for column, (title, images) in enumerate(columns.items()):
+        narrow = ImageFont.load_default(14 * min(1, cell / font.getlength(title)))
+        pen.text((x[column] + cell / 2, 13), title, "black", narrow, "mm")
+        for row, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+            enlarged = Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)
+            picture.paste(enlarged, (x[column], y[row]))
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 def write_report(path, result):
@@ -205,7 +165,7 @@ def parse_args(argv=None):
     add("--held-out", help="images that no stage has seen (default: in --data)")
     add("--latents", help="to know their encoder (default: in --run)")
     add("--decoder", help="(default: in --run)")
-    add("--samples", nargs="+", metavar="NAME=FILE:NFE", help=f"(default: in --run, {', '.join(COLUMNS)})")
+    add("--samples", nargs="+", metavar="NAME=FILE", help=f"(default: in --run, {', '.join(COLUMNS)})")
     add("--classifier-steps", type=whole(), default=200, help="of the optimizer, 128 images each")
     add("--seed", type=whole(0), default=0, help="of the classifier")
     return parser.parse_args(argv)
@@ -213,56 +173,47 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    run, data, folder = Path(args.run), Path(args.data), args.latents or f"{args.run}/latents"
+    run, data = Path(args.run), Path(args.data)
     lock(run / ".lock")
     device, *_ = launch()
     torch.backends.cudnn.allow_tf32 = False       # features in true float32
-    encoder, about = encoder_of(folder).to(device), read_json(f"{folder}/latents.json")
+    encoder = encoder_of(args.latents or run / "latents").to(device)
     decoder = load_decoder(args.decoder or run / "decoder")[0].to(device).eval()
     size = encoder.about["identity"]["image_size"]
     train = Images(data / "train" if (data / "train").is_dir() else data, size)
     held_out, classes = Images(args.held_out or data / "held-out", size), train.classes
-    if not classes == held_out.classes == about["classes"] or decoder.shape != encoder.shape:
-        raise InputError(f"{train.path}, {held_out.path}, {folder}, decoder: other classes, or other latents")
-    files = args.samples or [
-        f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz:{name.split()[1]}" for name in COLUMNS]
-    samples, nfe, seeds = {}, {}, set()
-    for text in files:
-        found = re.fullmatch("(.+)=([^=]+):([0-9]+)", text)
-        if not found or found[1] in nfe:
-            raise InputError(f"--samples {text}: it must be NAME=FILE:NFE, and every NAME once")
-        name, path, nfe[name] = found[1], found[2], int(found[3])
-        samples[name] = read_samples(path, size, len(classes), nfe[name])
-        seeds.add(read_about(path)["seed"])
-    if len(seeds) > 1:
-        raise InputError(f"samples of seeds {seeds}: give files of one, of the same noise")
+    if classes != held_out.classes or decoder.shape != encoder.shape:
+        raise InputError(f"{train.path} and {held_out.path}, or encoder and decoder, do not fit each other: "
+                         "give images of the same classes, and the encoder's decoder")
+    # The last "=" is the one: names such as "w = 2" have others.
+    files = dict(text.rpartition("=")[::2] for text in args.samples or [
+        f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz" for name in COLUMNS])
+    samples = {name: read_samples(path, size, len(classes)) for name, path in files.items()}
 
     real, y = held_out.read(range(len(held_out)))
     first = [y.tolist().index(k) for k in range(len(classes))][:16]
     # Of every class
     spaced = np.linspace(0, len(train) - 1, min(len(held_out), len(train))).round().astype(int)
     other, labels = train.read(spaced.tolist())
-    net = classifier(run / "classifier.safetensors", train, other, args.classifier_steps, args.seed, device)
+    net = fit_classifier(train, args.classifier_steps, args.seed, device)
     reference, of_held_out = measure(real, y, encoder, net, device)
     sets = {"real": (other, labels), "decoded real": (decode(other, encoder, decoder, device), labels)}
-    seconds, rows, teacher = read_seconds(run), {}, samples.get("teacher 50")
+    rows, teacher = {}, samples.get("teacher 50")
     for name, (images, y) in {**sets, **samples}.items():
         moments, accuracy = measure(images, y, encoder, net, device)
+        trained = read_log(run / ("decoder" if name == "decoded real" else name.split(" ")[0].lower()))
         rows[name] = {
-            "nfe": nfe.get(name), **{space: distance(m, reference[space]) for space, m in moments.items()},
+            "nfe": read_about(files[name])["nfe"] if name in files else None,
+            **{space: distance(m, reference[space]) for space, m in moments.items()},
             "accuracy": of_held_out if name == "real" else accuracy,
-            "likeness": likeness(images, teacher[0], len(classes)) if teacher and name in nfe else None,
-            "count": len(images), "sampling_seconds": seconds.get(f"sample {name}"),
-            "training_seconds": seconds.get("decoder" if name == "decoded real" else name.split()[0])}
+            "likeness": likeness(images, teacher[0], len(classes)) if teacher and name in files else None,
+            "count": len(images), "training_seconds": trained[-1]["seconds"] if trained else None}
 
     shown = {"real": real[first], "decoded real": decode(real[first], encoder, decoder, device)}
     shown |= {name: images[:len(first)] for name, (images, _) in samples.items()}
     draw_picture(run / "picture.png", shown, classes[:16])
-    result = {"encoder": about["encoder"], "train": {"name": train.path.name, "count": len(train)},
-              "settings": vars(args), "provenance": {
-                  **provenance(), **{name: version(name) for name in ("numpy", "pillow", "transformers")}},
-              "held_out": {"name": held_out.path.name, "count": len(real), "accuracy": of_held_out},
-              "rows": rows, "seconds": seconds, "checks": judge(rows, len(real))}
+    result = {"encoder": encoder.about, "settings": vars(args), "provenance": provenance(), "rows": rows,
+              "checks": judge(rows)}
     write_json(run / "report.json", result)
     write_report(run / "report.md", result)
 

@@ -1,11 +1,10 @@
 """A small encoder for images that DINOv2 does not know: a folder for `--encoder` of encode_latents.py.
 
-    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder           # from labels
-    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder --objective self
+    python sanity/train_encoder.py --data-path photos.zip --flips --out runs/encoder
 
 A Dinov2WithRegistersModel. What is trained is what becomes latents: patch tokens; z, their mean, stands for
-the image. labels: cross entropy of a linear layer on z. self: two views of an image find each other among
-the batch's (SimCLR, arXiv 2002.05709). The weights' average is saved; each state logs k-NN and linear-probe
+the image. --objective labels: cross entropy of a linear layer on z; self: two views of an image find each
+other among the batch's (SimCLR, arXiv 2002.05709). The weights' average is saved; each state logs its k-NN
 accuracy on a tenth of the images, kept out.
 """
 import math
@@ -21,7 +20,7 @@ from encode_latents import Images  # noqa: E402
 from model import (  # noqa: E402
     IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, command, generator, launch, location, say, whole)
 from sanity.random_encoder import (  # noqa: E402
-    add_sizes, add_training, dinov2, random_dinov2, remember, save_dinov2, train)
+    add_sizes, add_training, dinov2, remember, save_dinov2, train)
 
 BANK, KEPT_OUT = 5000, 2000                       # images to judge by and on, at most
 
@@ -56,18 +55,14 @@ def similarities(z):
 
 
 @torch.no_grad()
-def accuracies(net, bank, kept):
-    """Of 20 nearest neighbours (cosine, DINO's weights) and a linear probe (ridge regression of standardized
-    z) on `kept`, learned from `bank`: (uint8 images, labels)."""
-    one_hot = F.one_hot(bank[1]).float()
-    z, z_kept = (torch.cat([features(net, x.to(net.device).float() / 255).cpu() for x in images.split(250)])
-                 for images, _ in (bank, kept))
-    near, which = (F.normalize(z_kept) @ F.normalize(z).T).topk(min(20, len(z)))
-    votes = (one_hot[which] * (near / 0.07).exp()[:, :, None]).sum(1)
-    z, z_kept = (F.pad((x - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0) for x in (z, z_kept))
-    probe = torch.linalg.solve(z.T @ z + 1e-3 * len(z) * torch.eye(z.shape[1]), z.T @ one_hot)
-    return {name: round((guess.argmax(1) == kept[1]).float().mean().item(), 4)
-            for name, guess in (("k-NN", votes), ("linear probe", z_kept @ probe))}
+def knn_accuracy(net, bank, kept):
+    """On `kept`, by 20 neighbours (cosine, DINO's weights) in `bank`: (uint8 images, labels)."""
+    z, z_kept = (F.normalize(torch.cat(
+        [features(net, x.to(net.device).float() / 255).cpu() for x in images.split(250)]))
+        for images, _ in (bank, kept))
+    near, which = (z_kept @ z.T).topk(min(20, len(z)))
+    votes = (F.one_hot(bank[1])[which] * (near / 0.07).exp()[:, :, None]).sum(1)
+    return (votes.argmax(1) == kept[1]).float().mean().item()
 
 
 def parse_args(argv=None):
@@ -86,18 +81,16 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device, *_ = launch()
-    sizes = (args.width, args.depth, args.heads, args.patch)
     images = remember(Images(args.data_path, args.image_size))
     kept = min(KEPT_OUT, len(images) // 10)
     if len(images.classes) < 2 or kept < 1:
         raise InputError(f"{args.data_path}: needed are two class folders or more, of 10 images")
     torch.manual_seed(args.seed)
-    net = dinov2(*sizes, args.image_size)
+    net = dinov2(args.width, args.depth, args.heads, args.patch, args.image_size)
     for unused in (net.layernorm, net.embeddings.mask_token):              # not in the latents
         unused.requires_grad_(False)
     order = torch.randperm(len(images), generator=generator("cpu", args.seed, "encoder", "kept")).tolist()
     judges = images.read(order[kept:kept + BANK]), images.read(order[:kept])
-    random = accuracies(random_dinov2(*sizes).to(device), *judges)
     width, by_labels = args.width, args.objective == "labels"
     head = nn.Linear(width, len(images.classes)) if by_labels else nn.Sequential(
         nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -115,19 +108,16 @@ def main(argv=None):
         return F.cross_entropy(answers, target), {}
 
     def rate(step):
-        part = min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-        return args.lr * part
+        return args.lr * min(1, 20 * step / args.steps) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
 
     def judge(average):
-        return accuracies(average[0], *judges)
+        return {"k-NN": round(knn_accuracy(average[0], *judges), 4)}
 
     about = {"kind": "encoder", "stats": {}, "settings": {**vars(args), "sha256 of images": images.sha256}}
-    say(f"random weights: {random}")
     average = train(
         args, about, student, images.read, order[kept:], loss_of, rate, judge, clip=1, weight_decay=0.05)
     found = judge(average)
-    training = {**about["settings"], "random": random, "trained": found}
-    save_dinov2(Path(args.out), average[0], {"training": training})
+    save_dinov2(Path(args.out), average[0], {"training": {**about["settings"], **found}})
     say(f"{args.out}: averaged weights, {found}")
 
 

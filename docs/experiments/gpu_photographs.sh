@@ -23,7 +23,7 @@ esac
 END=$((SECONDS + MINUTES * 60))
 mkdir -p "$RUN"
 touch "$RUN/seconds.txt"
-trap 'tar -C "$RUN" -czf "${OUT:-$RUN}/small.tgz" $(cd "$RUN" && find . -size -1000k -regex ".*\.\(jsonl?\|md\|png\|txt\)" -not -path "*/.*/*")' EXIT
+trap 'tar -C "$RUN" -czf "${OUT:-$RUN}/small.tgz" $(cd "$RUN" && find . -size -4000k -regex ".*\.\(jsonl?\|md\|png\|txt\)" -not -path "*/.*/*")' EXIT
 
 stage() {   # NAME COMMAND...: run it and note its seconds, unless it is done; at the end of the piece, stop it, which saves
     local name=$1 start=$SECONDS status=0
@@ -69,7 +69,7 @@ for sample in "teacher 50" "teacher 1" "CMT 1" "MFD 1" "MFD 2" "MFT 1" "teacher 
     file=$RUN/samples/${name}_$nfe.npz
     stage "sample $sample" "$PYTHON" sample.py "$RUN/$name" --decoder "$RUN/decoder" --nfe "$nfe" --solver "${solver:-euler}" \
         --num-samples $SAMPLES --batch-size 1000 --precision bf16 --out "$file"
-    COLUMNS+=("$sample=$file:$nfe")
+    COLUMNS+=("$sample=$file")
 done
 stage report "$PYTHON" sanity/report.py --run "$RUN" --data $DATA/train.zip --held-out $DATA/held-out.zip --samples "${COLUMNS[@]}" \
     --classifier-steps "${TINY:-1500}"

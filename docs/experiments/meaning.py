@@ -25,8 +25,8 @@ from encode_latents import Encoder, Images, Latents  # noqa: E402
 from eval_fid import Moments, precision_recall  # noqa: E402
 from model import ArgumentParser, InputError, command, load_decoder, provenance, read_json, read_log, write_json  # noqa: E402
 from run import call  # noqa: E402
-from sanity.report import classifier, decode, distance, draw_picture, read, read_samples  # noqa: E402
-from sanity.train_encoder import BANK, accuracies  # noqa: E402
+from sanity.report import decode, distance, draw_picture, fit_classifier, read_samples  # noqa: E402
+from sanity.train_encoder import BANK, knn_accuracy  # noqa: E402
 
 DATA, RUNS = "runs/photographs", "runs/experiments/i"
 SIZES = "--width 128 --depth 6 --heads 4 --patch 8"
@@ -75,13 +75,12 @@ def plan(arm, rate):
 class Judge:
     """The report's classifier, and what it makes of the images kept out."""
 
-    def __init__(self, folder=RUNS):
+    def __init__(self):
         self.train, held_out = (Images(f"{DATA}/{part}.zip", 32) for part in ("train", "held-out"))
-        self.real, self.labels = read(held_out, range(len(held_out)))
+        self.real, self.labels = held_out.read(range(len(held_out)))
         spaced = torch.linspace(0, len(self.train) - 1, len(held_out), dtype=torch.float64).round().long().tolist()
-        self.other, self.other_labels = read(self.train, spaced)
-        path = ROOT / folder / "classifier.safetensors"
-        self.net = classifier(path, self.train, self.other, 1500, 0, torch.device("cpu"))
+        self.other, self.other_labels = self.train.read(spaced)
+        self.net = fit_classifier(self.train, 1500, 0, torch.device("cpu"))
         self.features, self.accuracy = self.see(self.real, self.labels)
 
     @torch.no_grad()
@@ -114,8 +113,8 @@ def effective_rank(latents):
 def measure(arm, judge, rows):
     at = ROOT / RUNS / arm
     encoder, decoder = Encoder(at / "encoder", 32, 32), load_decoder(at / "decoder")[0].eval()
-    x, y = read(judge.train, list(range(0, len(judge.train), max(1, len(judge.train) // BANK))))
-    probe = accuracies(encoder.net, (x, y), (judge.real, judge.labels))
+    bank = judge.train.read(range(0, len(judge.train), max(1, len(judge.train) // BANK)))
+    knn = knn_accuracy(encoder.net, bank, (judge.real, judge.labels))
     kept_out, other = (decode(images, encoder, decoder, torch.device("cpu")) for images in (judge.real, judge.other))
     images = {"real": (judge.other, judge.other_labels), "decoded real": (other, judge.other_labels)}
     images |= {name: read_samples(ROOT / path, 32, 10) for name, path in rows.items()}
@@ -126,7 +125,7 @@ def measure(arm, judge, rows):
     first = [judge.labels.tolist().index(k) for k in range(10)]
     shown = {name: x[:10] for name, (x, _) in images.items() if not name.startswith(("real", "decoded", "teacher 1"))}
     draw_picture(at / "picture.png", {"real": judge.real[first], "decoded": kept_out[first], **shown}, judge.train.classes)
-    about = {**probe, "effective rank": effective_rank(Latents(at / "latents")),
+    about = {"k-NN": knn, "effective rank": effective_rank(Latents(at / "latents")),
              "decoder, PSNR": read_log(at / "decoder")[-1]["psnr"]}
     return {"encoder": about, "rows": found}
 

@@ -12,12 +12,9 @@ source tests/setup.sh tests/requirements.txt
 RUN=runs/photographs
 mkdir -p "$RUN"
 
-stage() {   # NAME COMMAND...: show the command, run it, note its seconds (of the call that did the work)
-    local name=$1 start=$SECONDS
-    shift
-    printf '\n== %s\n$ %s\n' "$name" "$*"
+run() {   # a command, shown first
+    printf '\n$ %s\n' "$*"
     "$@"
-    grep -qs "^$name " "$RUN/seconds.txt" || echo "$name $((SECONDS - start))" >> "$RUN/seconds.txt"
 }
 
 split() {   # the last 200 images of each class, by name, to held-out.zip, the others to train.zip
@@ -40,27 +37,27 @@ TWO="env OMP_NUM_THREADS=1 $PYTHON -m torch.distributed.run --nproc_per_node=2" 
 COMMON="--seed 0 --log-every 200 --save-every 500 --keep 1"
 [ -e "$RUN/held-out.zip" ] || split
 [ "${2:-}" != split ] || exit 0
-stage encoder "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder" --width 48 --patch 4
-stage encode "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RUN/latents" --image-size 32 --encoder-size 32 --batch-size 256 \
+run "$PYTHON" sanity/random_encoder.py --out "$RUN/encoder" --width 48 --patch 4
+run "$PYTHON" encode_latents.py --data-path "$RUN/train.zip" --out "$RUN/latents" --image-size 32 --encoder-size 32 --batch-size 256 \
     --flips --encoder "$RUN/encoder"
-stage decoder "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --latents "$RUN/latents" --out "$RUN/decoder" --noise 0.5 \
+run "$PYTHON" sanity/train_decoder.py --data-path "$RUN/train.zip" --latents "$RUN/latents" --out "$RUN/decoder" --noise 0.5 \
     --steps 2000
-stage teacher $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
+run $TWO train_teacher.py --latents "$RUN/latents" --out "$RUN/teacher" --preset DiTDH-mini --time-shift 2 \
     --steps 20000 --batch-size 32 --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 $COMMON
-stage CMT $TWO train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
+run $TWO train_cmt.py --teacher "$RUN/teacher" --out "$RUN/cmt" \
     --steps 1000 --batch-size 32 --pairs 16 --lr 1e-3 --lr-final 5e-5 --ema 0.995 $COMMON
 WEIGHT="--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
-stage MFD $TWO train_meanflow.py --latents "$RUN/latents" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
+run $TWO train_meanflow.py --latents "$RUN/latents" --teacher "$RUN/teacher" --init "$RUN/cmt" --out "$RUN/mfd" \
     --steps 6000 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.998 $WEIGHT $COMMON
-stage MFT $TWO train_meanflow.py --latents "$RUN/latents" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
+run $TWO train_meanflow.py --latents "$RUN/latents" --eta 0 --init "$RUN/mfd" --out "$RUN/mft" \
     --steps 200 --batch-size 64 --lr 3e-5 --lr-final 5e-6 --ema 0.99 $WEIGHT $COMMON
 
 SAMPLES=()
 for sample in "teacher 50" "teacher 1" "CMT 1" "MFD 1" "MFD 2" "MFT 1" "teacher 100 heun"; do
     read -r name nfe solver <<< "$sample"
     file=$RUN/samples/${name,,}_$nfe${solver:+_$solver}.npz
-    stage "sample $sample" $TWO sample.py "$RUN/${name,,}" --decoder "$RUN/decoder" --nfe "$nfe" ${solver:+--solver "$solver"} \
+    run $TWO sample.py "$RUN/${name,,}" --decoder "$RUN/decoder" --nfe "$nfe" ${solver:+--solver "$solver"} \
         --num-samples 5000 --batch-size 250 --out "$file"
-    SAMPLES+=("$sample=$file:$nfe")
+    SAMPLES+=("$sample=$file")
 done
 "$PYTHON" sanity/report.py --run "$RUN" --data "$RUN/train.zip" --held-out "$RUN/held-out.zip" --classifier-steps 1500 --samples "${SAMPLES[@]}"

@@ -185,7 +185,7 @@ def plan(letter, seed):
               for name in arms for n in experiment.get("nfe", (1,))}
     wanted |= {name: (fill(network), flags) for name, (network, flags) in experiment.get("also", {}).items()}
     samples = {name: (f"sample.py {network} --decoder {run}/decoder {flags} --num-samples 5000 --batch-size 250 --seed {seed} --out "
-                      f"{exp}/samples/{slug(name)}.npz", f"{name}={exp}/samples/{slug(name)}.npz:{flags.split()[1]}")
+                      f"{exp}/samples/{slug(name)}.npz", f"{name}={exp}/samples/{slug(name)}.npz")
                for name, (network, flags) in wanted.items()}
     report = f"sanity/report.py --run {exp} --data data/digits --latents {run}/latents --decoder {run}/decoder --seed 0 --samples "
     return exp, [fill(line) for line in experiment.get("first", [])], arms, samples, report

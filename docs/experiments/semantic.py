@@ -30,7 +30,7 @@ from model import (  # noqa: E402
     ArgumentParser, InputError, command, digest_of, generator, guided, load_decoder, load_network, location, normalize, ode_times,
     provenance, read_json, read_log, read_tensors, say, solve_ode, write_json, write_tensors)
 from sample import generate, noise_and_labels  # noqa: E402
-from sanity.report import decode, distance, draw_picture, read, read_samples  # noqa: E402
+from sanity.report import decode, distance, draw_picture, read_samples  # noqa: E402
 
 DATA, RUNS = "runs/photographs", "runs/experiments/j"
 ARMS = ("semantic", "random", "reconstruction")
@@ -100,9 +100,9 @@ def encoder_of(arm, wheels):
     path, train = Path(RUNS, arm, "encoder.safetensors"), Images(f"{DATA}/train.zip", 32)
     torch.manual_seed(0)
     spaced = torch.linspace(0, len(train) - 1, FIT, dtype=torch.float64).round().long().tolist()
-    images = read(train, spaced if arm != "reconstruction" and not path.exists() else spaced[:1])[0]
+    images = train.read(spaced if arm != "reconstruction" and not path.exists() else spaced[:1])[0]
     if arm == "reconstruction":
-        net = Autoencoder() if path.exists() else Autoencoder().fit(read(train, range(len(train)))[0])
+        net = Autoencoder() if path.exists() else Autoencoder().fit(train.read(range(len(train)))[0])
     else:
         lite = Lite("lite0", wheels, BLOCK, SIZE)
         net = Reduced(lite.forget(images) if arm == "random" else lite, images)
@@ -185,7 +185,7 @@ class Lite2:
 
     def __init__(self, wheels, train):
         self.net = Lite("lite2", wheels, 22, 96)
-        few, labels = read(train, range(0, len(train), len(train) // 4500))
+        few, labels = train.read(range(0, len(train), len(train) // 4500))
         self.few, self.hot = self.features(few).double(), F.one_hot(labels).double()
 
     @torch.no_grad()
@@ -242,7 +242,7 @@ def measure(arm, wheels, judge, lite2, rate, losses):
     found["real"]["class accuracy"] = judge.accuracy
     norms = {row: [line["grad_norm_max"] for line in read_log(at / row.replace(", ", "-").replace(" ", "-"))]
              for row in rows if row.startswith("MFD")}
-    some, labels = read(judge.train, range(0, len(judge.train), len(judge.train) // 3000))
+    some, labels = judge.train.read(range(0, len(judge.train), len(judge.train) // 3000))
     names = ("k-NN", "linear probe", "effective rank", "linear decoder, PSNR")
     order = torch.randperm(len(some), generator=generator("cpu", "probe"))[:3000]
     facts = dict(zip(names, probe(encoder, some[order], labels[order]), strict=True))
@@ -361,7 +361,7 @@ def main(argv=None):
         return print("\n".join(f"python {line}" for arm in args.arms for line in plan(arm, RATES[0])[0]))
     with ThreadPoolExecutor(2) as pool:
         rates = dict(zip(args.arms, pool.map(lambda arm: run_arm(arm, args.wheels), args.arms), strict=True))
-    judge = Judge(RUNS)
+    judge = Judge()
     lite2, numbers = Lite2(args.wheels, judge.train), {}
     for arm, (rate, losses) in rates.items():
         numbers[arm] = measure(arm, args.wheels, judge, lite2, rate, losses)

@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from encode_latents import Images, encoder_of  # noqa: E402
 from model import ArgumentParser, command  # noqa: E402
-from sanity.report import classifier, distance, measure, read, read_samples  # noqa: E402
+from sanity.report import distance, fit_classifier, measure, read_samples  # noqa: E402
 
 
 def blur(images, sigma):
@@ -53,10 +53,10 @@ def main(argv=None):
     encoder = encoder_of(run / "latents")
     size = encoder.about["identity"]["image_size"]
     train, held_out = (Images(Path(args.data, part), size) for part in ("train", "held-out"))
-    real, labels = read(held_out, range(len(held_out)))
+    real, labels = held_out.read(range(len(held_out)))
     spaced = torch.linspace(0, len(train) - 1, len(held_out), dtype=torch.float64).round().long().tolist()
-    other, other_labels = read(train, spaced)
-    net = classifier(run / "classifier.safetensors", train, other, 200, 0, device)
+    other, other_labels = train.read(spaced)
+    net = fit_classifier(train, 200, 0, device)
     reference, _ = measure(real, labels, encoder, net, device)
 
     def row(images, labels):
