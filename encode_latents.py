@@ -11,7 +11,7 @@ as float16, in shards; their mean and variance (C, H, W) lie beside them.
 
 A shard covers fixed images, so the files are the same whatever the number of processes. The same command
 goes on where it was stopped, and reads back what was there. Folder: latents.json (what is encoded, by what),
-the shards, last latent_stats.safetensors: with it the folder is finished.
+the shards, last latent_stats.safetensors: then it is finished.
 """
 import collections
 import functools
@@ -90,7 +90,7 @@ def list_folder(path):
 
 
 def list_archive(archive):
-    """Names of the files in a .zip; and the one folder around all of it, which they are without, or ""."""
+    """Names of the files in a .zip; and the one folder around them, which they are without, or ""."""
     names = {name for name in archive.namelist() if not name.endswith("/")}
     names = [name for name in names if not any(part.startswith(SYSTEM) for part in name.split("/"))]
     tops = {name[:name.find("/") + 1] for name in names}
@@ -118,7 +118,7 @@ class Images:
             names, self.top = list_archive(self.zip)
         images = [name for name in names if name.rpartition(".")[2].lower() in SUFFIXES]
         if not images:
-            raise InputError(f"{path} holds no images ({' '.join(SUFFIXES)}): give a folder of class folders")
+            raise InputError(f"{path} holds no images ({' '.join(SUFFIXES)}): give class folders")
         pairs = sorted((name.partition("/")[0] if "/" in name else "", name) for name in images)
         classes = sorted({folder for folder, _ in pairs})
         if classes[0] == "" and len(classes) > 1:
@@ -156,7 +156,7 @@ class Images:
 
 
 def sha256(content):
-    """Of what JSON can hold, whatever the order of its dicts."""
+    """Of what JSON can hold, in whatever order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -210,13 +210,14 @@ class Encoder(nn.Module):
         config.mask_ratio = 0.0                   # MAE's: nothing is masked
         self.mean, self.std = map(nn.Buffer, torch.tensor(image_norm)[:, :, None, None])
         self.requires_grad_(False).eval()
-        # Weights, and what changes the answer and is not told by them.
+        # Weights, and what else changes the answer.
         names = "num_attention_heads", "layer_norm_eps", "hidden_act", "rope_theta"
         identity = {name: getattr(config, name) for name in names if hasattr(config, name)} | {
             "kind": kind, "sha256": digest_of(self.net.state_dict()), "image_size": image_size,
             "encoder_size": self.encoder_size, "precision": precision, "image_norm": image_norm}
         untrained = getattr(config, "untrained", None) is True
-        self.about = {"id": str(source), "untrained": untrained, "identity": identity}
+        path = os.path.abspath(source) if os.path.exists(source) else source
+        self.about = {"id": str(path), "untrained": untrained, "identity": identity}
 
     def forward(self, images):
         x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -272,7 +273,7 @@ def read_about(folder):
 
 
 def encoder_of(folder):
-    """The Encoder that made the latents of a folder. InputError: another by now, or a module of one's own."""
+    """The Encoder that made a folder's latents. InputError: another by now, or a module of one's own."""
     about = read_about(folder)["encoder"]
     made, source = about["identity"], about["id"]
     if "kind" not in made:
@@ -328,7 +329,7 @@ def epoch(number, count, seed, flips):
 
 
 def batches_of(count, seed, batch_size, rows, first_step, last_step, flips=False):
-    """For each step in first_step .. last_step - 1 and (start, stop) of `rows`, the indices of these rows.
+    """For each step from first_step to before last_step and (start, stop) of `rows`, the rows' indices.
 
     Row r of step k is position k * batch_size + r in an endless sequence of epochs, so the samples are the
     same however a run is split or goes on."""

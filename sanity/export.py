@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import (  # noqa: E402
     FREE, ArgumentParser, command, load_decoder, load_network, location, read_state, say, write_json,
     write_tensors)
-from sanity.random_encoder import start_folder  # noqa: E402
+from sanity.random_encoder import lock_folder  # noqa: E402
 
 
 def slim(source):
@@ -35,7 +35,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out, (parts, about) = Path(args.out), slim(args.network)
-    start_folder(out, parts)
+    lock_folder(out, parts)
     write_tensors(out / "model.safetensors", parts, about)
     write_json(out / "config.json", about)
     say(f"{out}: {sum(x.numel() for x in parts[''].values()) / 1e6:,.1f} M numbers")

@@ -73,7 +73,7 @@ def random_dinov2(width, depth, heads, patch, seed):
     return net
 
 
-def start_folder(out, parts):
+def lock_folder(out, parts):
     """Lock `out`. InputError: it holds anything but these very tensors, and their JSON perhaps."""
     model, there = out / "model.safetensors", {path.name for path in out.glob("[!.]*")}
     other = out.is_file() or there - {model.name, "config.json", "preprocessor_config.json"}
@@ -172,7 +172,7 @@ def main(argv=None):
     if there := (out / "config.json").exists():
         found = read_json(out / "config.json")
         refuse_other(out, {name: found.get(name) for name in settings}, settings)
-    start_folder(out, {"": net.state_dict()})
+    lock_folder(out, {"": net.state_dict()})
     if there:
         return say(f"{out} is there: an encoder with random weights")
     save_dinov2(out, net, settings)

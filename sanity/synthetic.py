@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encode_latents import write_latents  # noqa: E402
 from model import (  # noqa: E402
     DIT_PRESETS, ArgumentParser, DiTDH, command, generator, load_stats, location, say, whole, write_tensors)
-from sanity.random_encoder import start_folder  # noqa: E402
+from sanity.random_encoder import lock_folder  # noqa: E402
 
 
 def random_latents(count, shape):
@@ -30,7 +30,7 @@ def write_teacher(out, latents, classes, preset):
     torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)         # of 0, velocities would be 0
     about = {"kind": "teacher", "classes": [str(i) for i in range(classes)]}
     parts = {"": net.state_dict(), "stats": stats}
-    start_folder(out, parts)
+    lock_folder(out, parts)
     write_tensors(out / "model.safetensors", parts, about)
 
 
