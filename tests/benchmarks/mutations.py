@@ -99,11 +99,11 @@ MUTATIONS = {
     ],
     "sample.py": [
         ("digest[:16]", "digest[:4]", "sampling: noise"),
-        ("nfe // 2", "nfe", "sampling: heun"),
+        ("nfe // 2", "nfe", "sampling: times"),
         ("images if truncate else images.round()", "images.round() if truncate else images", "sampling: pixels"),
         ("if not images.isfinite().all():", "if False:", "sampling: nothing"),
         ("refuse_other(out, read_about(out), settings)", "out", "sampling: content"),
-        ("if parts.exists() and any(", "if False and any(", "sampling: users"),
+        ("refuse_other(path, read_tensors(path, only=())[1], settings)", "path", "sampling: interrupted"),
         ('"sha256 of network": about["sha256"], ', "", "sampling: content"),
         ("args.time_shift, v)", "args.time_shift)", "sampling: sample_file"),
         ('enabled=args.precision == "bf16"', "enabled=False", "sampling: times"),
