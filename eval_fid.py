@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from model import (
     IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, all_reduce, barrier, command, digest_of, is_first,
@@ -179,11 +180,11 @@ def inception(path, device):
 
 def dinov2(source, device):
     """CLS token after a DINOv2's last LayerNorm, at 224 px by Pillow's bicubic: dgm-eval's (2306.04675)."""
-    from PIL import Image
     from transformers import AutoModel
-    net = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    if not net.config.model_type.startswith("dinov2"):
-        raise InputError(f"--features {source} is a {net.config.model_type}, and must be a DINOv2")
+    try:
+        net = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--features {source} is no network, here or on the Hub ({error})") from error
     net = net.eval().to(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
 
@@ -192,7 +193,7 @@ def dinov2(source, device):
         resized = [np.array(Image.fromarray(x).resize((224, 224), Image.Resampling.BICUBIC)) for x in pixels]
         x = torch.from_numpy(np.stack(resized)).to(device).permute(0, 3, 1, 2) / 255
         return net(pixel_values=(x - mean) / std).last_hidden_state[:, 0]
-    return {"name": "DINOv2", "sha256": digest_of(net.state_dict())}, features, None
+    return {"name": net.config.model_type, "sha256": digest_of(net.state_dict())}, features, None
 
 
 def frozen_encoder(latents, device):
@@ -215,12 +216,12 @@ def load_features(args, device):
 # ---- From images to statistics -----------------------------------------------
 @torch.no_grad()
 def measure(images, embed, classify, kept, micro_batch, device, rank, world):
-    """-> Moments of all images' features, features of `kept` of them evenly spread, probabilities or None.
+    """-> {"mean", "covariance", and "features" of `kept` images, evenly spread}; probabilities or None.
 
     Each process takes consecutive images, as the Inception Score's splits go by order."""
     count = len(images)
     if count < 4:
-        raise InputError(f"{count} images are too few: give 4 at least, 50,000 to publish the numbers")
+        raise InputError(f"{count} images are too few: give 4 at least, and to publish 50,000")
     start, stop = rank * count // world, (rank + 1) * count // world
     keep = torch.zeros(count, dtype=torch.bool)
     keep[torch.arange(kept) * count // max(kept, 1)] = True
@@ -242,7 +243,8 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
         features, probabilities = (sum((part[i] for part in parts), []) for i in (0, 1))
         moments.total, moments.scatter = all_reduce(moments.total.cpu()), all_reduce(moments.scatter.cpu())
         moments.count = count
-    return moments, torch.cat(features), torch.cat(probabilities) if classify else None
+    found = {"mean": moments.mean, "covariance": moments.covariance, "features": torch.cat(features)}
+    return found, torch.cat(probabilities) if classify else None
 
 
 # ---- The command -------------------------------------------------------------
@@ -256,8 +258,8 @@ def parse_args(argv=None):
         help="to which folders are brought; a reference: to the size of an .npz of samples")
     add("--pr-images", type=number(int, 0), default=10_000, metavar="N",
         help="images of the reference for precision and recall, at most (ADM); 0: neither")
-    add("--features", default="inception", help="inception (FID), dinov2 (facebook/dinov2-large), another "
-        "DINOv2's Hub id or folder, or encoder:LATENTS, the encoder that made these")
+    add("--features", default="inception", help="inception (FID), dinov2 (facebook/dinov2-large), another's "
+        "Hub id or folder, or encoder:LATENTS, the encoder that made these")
     add("--inception", type=location, metavar="PATH", help="TorchScript file (default: NVIDIA's, fetched)")
     add("--micro-batch", type=whole(), default=64, help="images per device and forward pass (ADM)")
     add("--out", type=location, metavar="JSON", help="the results (default: SAMPLES.FEATURES.json)")
@@ -280,9 +282,7 @@ def open_reference(args, size):
     path, stored = args.reference, {}
     if path.endswith(".safetensors"):
         parts, about, _ = read_tensors(path)
-        if "covariance" not in parts.get("", {}):
-            raise InputError(f"{path} has no statistics: eval_fid.py --save-statistics FILE makes them")
-        return None, parts[""], about
+        return None, parts.get("", {}), {"features": None, **about}
     if path.endswith(".npz"):
         with reading(path), np.load(path) as file:
             if args.features == "inception" and "mu" in file:
@@ -306,7 +306,7 @@ def main(argv=None):
         raise InputError(f"samples are of {size} pixels a side, the reference of {saved['image_size']}")
     about, embed, classify = load_features(args, device)
     if saved.get("features", about) != about:
-        raise InputError(f"{args.reference} is of other features: {saved['features']}, not {about}")
+        raise InputError(f"{args.reference} has statistics of {saved['features']}, not of {about}")
     say(f"features of {about['name']}, on {world} x {device.type}")
 
     # Nothing is overwritten but this program's own output, of this reference and these features
@@ -320,10 +320,9 @@ def main(argv=None):
     # Statistics of the reference, its images' or those that it brings, and of the samples
     place = args.micro_batch, device, rank, world
     if real is not None:
-        moments, features, _ = measure(real, embed, None, min(args.pr_images, len(real)), *place)
-        stored = {"mean": moments.mean, "covariance": moments.covariance, **stored, "features": features}
+        stored = {**measure(real, embed, None, min(args.pr_images, len(real)), *place)[0], **stored}
     if args.samples:
-        moments, fake, probabilities = measure(samples, embed, classify, len(samples), *place)
+        fake, probabilities = measure(samples, embed, classify, len(samples), *place)
     if args.save_statistics and rank == 0:
         write_tensors(args.save_statistics, {"": stored}, {**saved, **made})
         say(f"statistics of {args.reference} are in {args.save_statistics}")
@@ -331,22 +330,23 @@ def main(argv=None):
         return
 
     # The metrics, and what to know of them
-    of_both = moments.mean, moments.covariance, stored["mean"], stored["covariance"]
-    metrics = {"frechet_distance": frechet_distance(*of_both)}
+    moments = [side[name] for side in (fake, stored) for name in ("mean", "covariance")]
+    metrics = {"frechet_distance": frechet_distance(*moments)}
     if classify:
         metrics["inception_score"] = inception_score(probabilities)
     if args.pr_images and len(real := stored.get("features", ())):
-        metrics["precision"], metrics["recall"] = precision_recall(real.to(device), fake.to(device))
+        real, fake = real.to(device), fake["features"].to(device)
+        metrics["precision"], metrics["recall"] = precision_recall(real, fake)
     counts = {"samples": len(samples), "reference": saved.get("count", 0)}
-    notes = [f"{count:,} {name}: under 10,000 the distance is biased upwards, compare equal counts; up to "
-             f"{fake.shape[1]:,} the covariance is singular"
-             for name, count in counts.items() if 0 < count < 10_000]
-    write_json(args.out, {"metrics": metrics, "notes": notes, **made, "samples": args.samples,
-                          "counts": counts, **provenance()})
+    write_json(args.out, {"metrics": metrics, **made, "samples": args.samples, "counts": counts,
+                          **provenance()})
     for name, value in metrics.items():
         say(f"{name.replace('_', ' '):18}{value:.4f}")
-    for note in [*notes, f"all of it is in {args.out}"]:
-        say(f"note: {note}")
+    for name, count in counts.items():
+        if 0 < count < 10_000:
+            say(f"note: {count:,} {name}: under 10,000 the distance is biased upwards, compare equal counts; "
+                f"up to {len(moments[0]):,} the covariance is singular")
+    say(f"all of it is in {args.out}")
 
 
 if __name__ == "__main__":

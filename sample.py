@@ -10,10 +10,12 @@
     python sample.py runs/meanflow/state_00050000.safetensors           # from a state that training kept
     python sample.py runs/teacher --grid grid.png --labels 207          # a picture of 64 images, no more
 
-Noise and label of image i follow from the seed and i alone, whatever the batch size or the
-number of processes. The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
-(N, H, W, 3), and arr_1 the labels; about.json in it says how it was made. Batches rest in
-files of their own until all are there, so that the same command, repeated, goes on.
+Noise and label of image i follow from the seed and i alone,
+whatever the batch size or the number of processes.
+The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
+(N, H, W, 3), and arr_1 the labels; about.json in it says how it was made.
+Batches rest in files of their own until all are there,
+so that the same command, repeated, goes on.
 """
 import hashlib
 import json
@@ -57,8 +59,8 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
 def generate(net, z, y, nfe, solver="euler", shift=None, v=None):
     """Latents from noise z (B, C, H, W) and labels y (B,), in `nfe` evaluations of `net`.
 
-    shift: a of a teacher's grid; default_time_shift of its latents, unless it was trained with another.
-    v: a teacher's guided velocity, of model.guided, in its place; it counts as one."""
+    shift: a of a teacher's grid (None: default_time_shift of its latents).
+    v: a teacher's guided velocity in its place; it counts as one."""
     if net.r_embedder is not None:
         return long_jumps(net, z, y, [1 - i / nfe for i in range(nfe + 1)])
     times = ode_times(nfe if solver == "euler" else nfe // 2, shift or default_time_shift(net.shape))
@@ -74,7 +76,7 @@ def to_uint8(images, truncate=False):
 
 # ---- The sample file ---------------------------------------------------------
 def read_about(path):
-    """The settings in a sample file. InputError: it is none, or not ours."""
+    """The settings in a sample file of ours."""
     try:
         with zipfile.ZipFile(path) as file:
             return dict(json.loads(file.read("about.json")))
@@ -84,27 +86,29 @@ def read_about(path):
 
 def bundle(out, batches, shape, settings):
     """The images of files `batches` as an uncompressed .npz; shape: (N, H, W, 3)."""
+    # A ZipInfo has no date: the same samples are the same file.
+    arr_0, arr_1, about = map(zipfile.ZipInfo, ("arr_0.npy", "arr_1.npy", "about.json"))
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+
     def write(target):
         labels = []
         with zipfile.ZipFile(target, "w") as file:
-            # A ZipInfo has no date: the same samples are the same file.
-            with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with file.open(arr_0, "w", force_zip64=True) as stream:
                 numpy.lib.format.write_array_header_1_0(stream, header)
                 for path in batches:
                     batch = read_tensors(path)[0][""]
                     stream.write(batch["images"].numpy())
                     labels.append(batch["labels"].numpy())
-            with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
+            with file.open(arr_1, "w", force_zip64=True) as stream:
                 numpy.lib.format.write_array(stream, numpy.concatenate(labels))
-            file.writestr(zipfile.ZipInfo("about.json"), json.dumps(settings, indent=1))
+            file.writestr(about, json.dumps(settings, indent=1))
     write_atomically(out, write)
 
 
 def draw_grid(path, images, labels, classes):
     """A PNG of images (N, H, W, 3), each under its class name."""
-    size, caption, columns = images.shape[1], 12, len(classes) if len(classes) <= 16 else 8
-    cell = size * max(1, 96 // size)
+    columns, caption = len(classes) if len(classes) <= 16 else 8, 12
+    cell = images.shape[1] * max(1, 96 // images.shape[1])
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * cell, rows * (cell + caption)), "white")
     pen = ImageDraw.Draw(grid)
@@ -166,12 +170,14 @@ def main(argv=None):
     decoder, of_decoder = load_decoder(args.decoder)
     if net.shape != decoder.shape:
         raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
-                         "the --decoder of its encoder (python sanity/train_decoder.py makes one)")
+                         "the --decoder of its encoder (sanity/train_decoder.py makes one)")
     if args.image_norm:
         decoder.image_norm = args.image_norm[:3], args.image_norm[3:]
-    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
+    stats = about["stats"] or of_decoder["stats"]
+    if args.stats:
+        stats = load_stats(args.stats, net.shape)
     if stats is None:
-        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
+        raise InputError(f"{args.network} brings no latent statistics: give --stats")
     net, decoder = net.to(device).eval(), decoder.to(device).eval()
     stats = {name: x.to(device) for name, x in stats.items()}
     v, weak = load_guidance(args, net, about, args.guidance_interval)
@@ -194,16 +200,18 @@ def main(argv=None):
             z_0 = generate(net, z.to(device), y.to(device), args.nfe, args.solver, args.time_shift, v)
             images = decoder(denormalize(z_0, stats))
         if not images.isfinite().all():
-            raise InputError(f"images {indices[0]} to {indices[-1]} are not finite: weights or statistics "
-                             "are damaged, or too large for --precision bf16")
+            raise InputError(f"images {indices[0]} to {indices[-1]} are not finite: damaged weights or "
+                             "statistics, or too large for --precision bf16")
         return {"images": to_uint8(images, args.truncate).cpu(), "labels": y}
 
-    batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
+    starts = range(0, count, args.batch_size)
+    batches = [range(i, min(i + args.batch_size, count)) for i in starts]
     if args.grid and is_first():
         shown = count if picture_alone else min(count, 64)
         made = [make(indices) for indices in batches if indices[0] < shown]
-        images, labels = (torch.cat([batch[name] for batch in made]) for name in ("images", "labels"))
-        draw_grid(args.grid, images[:shown].numpy(), labels[:shown].tolist(), classes)
+        images = torch.cat([batch["images"] for batch in made])[:shown]
+        labels = torch.cat([batch["labels"] for batch in made])[:shown]
+        draw_grid(args.grid, images.numpy(), labels.tolist(), classes)
     if picture_alone:
         return
 
@@ -212,8 +220,10 @@ def main(argv=None):
     out = Path(args.out or f"samples/{network}_{args.nfe}.npz")
     parts = out.with_name(f"{out.name}.parts")
     files = [parts / f"{k:06d}.safetensors" for k in range(len(batches))]
-    others = ("network", "decoder", "weak_teacher", "stats", "compile", "out", "grid")
-    settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
+    # Inputs are known by what lies at their paths.
+    paths = ("network", "decoder", "weak_teacher", "stats", "out", "grid")
+    settings = {flag: x for flag, x in vars(args).items() if flag not in (*paths, "compile")}
+    settings |= {
         "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
         "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
     if is_first():
@@ -227,7 +237,8 @@ def main(argv=None):
             say(f"goes on: {len(there)} of {len(files)} batches are there")
     barrier()
     if not out.exists():
-        missing = [k for k in range(rank, len(files), world) if not files[k].exists()]
+        mine = range(rank, len(files), world)
+        missing = [k for k in mine if not files[k].exists()]
         for k in progress(missing, len(missing), "batches"):
             write_tensors(files[k], {"": make(batches[k])}, settings)
         barrier()
@@ -237,7 +248,7 @@ def main(argv=None):
     if is_first():
         for path in files:
             path.unlink(missing_ok=True)
-        with suppress(OSError):                   # something of the user's is in it, or it is gone
+        with suppress(OSError):                   # something of the user's is in it
             parts.rmdir()
         say(f"{out}: {count:,} images")
 

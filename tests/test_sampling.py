@@ -212,5 +212,5 @@ def test_mistakes(capsys):
 def test_pictures_of_nothing():
     """What is not finite is no image."""
     save("nan", "student", 0, {**STATS, "mean": STATS["mean"] * 1e308})
-    refuses("images 0 to 19 are not finite: weights or statistics are damaged", "nan", "a.npz")
+    refuses("images 0 to 19 are not finite: damaged weights or statistics", "nan", "a.npz")
     assert not [*Path().glob("a.npz*")]
