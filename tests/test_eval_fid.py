@@ -27,6 +27,7 @@ def published_formula(x, y):
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
+    """Eigenvalues up to the largest one's last digits times the dimensions are rounding, and count as 0."""
     turn, m = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0], np.linspace(-1, 1, 5)
     s_1, s_2 = np.arange(1.0, 6), np.array([2.0, 0.5, 3, 4, 1])
     commuting = frechet_distance(0 * m, turn * s_1**2 @ turn.T, m, turn * s_2**2 @ turn.T)
@@ -34,10 +35,6 @@ def test_frechet_distance_of_gaussians_in_closed_form():
     # Fewer samples than dimensions: at right angles there is no cross term.
     apart = frechet_distance(np.zeros(4), np.diag([1.0, 4, 0, 0]), np.zeros(4), np.diag([0.0, 0, 9, 16]))
     assert apart == pytest.approx(30, rel=1e-12)
-
-
-def test_eigenvalues_that_are_rounding_count_as_0():
-    """Up to the largest one's last digits times the dimensions."""
     for factor, counts in ((50, False), (200, True)):
         small = factor * np.finfo(float).eps
         c = np.diag([1.0] + 99 * [small])
@@ -47,7 +44,7 @@ def test_eigenvalues_that_are_rounding_count_as_0():
 
 def brute_force(real, fake, k):
     def inside(points, manifold):
-        radii = [sorted(((p - q) ** 2).sum() for j, q in enumerate(manifold) if j != i)[k - 1] for i, p in enumerate(manifold)]
+        radii = [sorted(((p - q) ** 2).sum() for q in manifold)[k] for p in manifold]         # 0 is p itself
         return np.mean([any(((x - p) ** 2).sum() <= r for p, r in zip(manifold, radii, strict=True)) for x in points])
     return inside(fake, real), inside(real, fake)
 
@@ -56,12 +53,10 @@ def brute_force(real, fake, k):
 def test_precision_and_recall_by_brute_force(k, block):
     """On floats, and on a lattice, where distances tie and points coincide, which is where <= against < shows."""
     r = np.random.default_rng(0)
-    floats = r.normal(size=(150, 6)) * 1.2
     lattice = r.integers(0, 4, (60, 3)), r.integers(1, 6, (80, 3))
-    for real, fake in (floats[:60], floats[60:] / 1.2), lattice, (lattice[0] + 4096, lattice[1] + 4096):
-        real, fake = torch.tensor(real, dtype=torch.float32), torch.tensor(fake, dtype=torch.float32)
-        wanted = brute_force(real.double().numpy(), fake.double().numpy(), k)
-        assert precision_recall(real, fake, k, block) == pytest.approx(wanted, abs=1e-15)
+    for real, fake in (r.normal(size=(60, 6)) * 1.2, r.normal(size=(90, 6))), lattice, (lattice[0] + 4096, lattice[1] + 4096):
+        wanted = brute_force(real, fake, k)
+        assert precision_recall(torch.from_numpy(real), torch.from_numpy(fake), k, block) == pytest.approx(wanted, abs=1e-15)
         assert 0.02 < min(wanted) and max(wanted) < 1         # the case says something
 
 
@@ -88,16 +83,13 @@ class Small(torch.nn.Module):
         return f if return_features else (y if no_output_bias else y + self.bias).softmax(1)
 
 
-def draw(n, seed, size=32):
-    """Coloured discs on a slope, uint8 (n, size, size, 3)."""
-    r = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    low, high, centre = (r.uniform(0, top, (n, 1, 1, 3)) for top in (100, 255, 1))
-    disc = (x[..., None] - centre[..., :1]) ** 2 + (y[..., None] - centre[..., 1:2]) ** 2 < 0.06
-    return np.where(disc, high, low * (x + y)[..., None]).astype(np.uint8)
+def draw(n, seed, darker=1):
+    """Coloured squares, uint8 (n, 32, 32, 3)."""
+    squares = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), np.uint8) // darker
+    return squares.repeat(8, axis=1).repeat(8, axis=2)
 
 
-SAMPLES, REFERENCE = draw(203, 0) // 2, draw(150, 1)
+SAMPLES, REFERENCE = draw(203, 0, darker=2), draw(150, 1)
 F, G = (Small()(torch.from_numpy(x).permute(0, 3, 1, 2), return_features=True).double().numpy() for x in (SAMPLES, REFERENCE))
 MOMENTS = dict(mu=G.mean(0) + 1, sigma=np.cov(G, rowvar=False))
 
@@ -136,8 +128,8 @@ def test_metrics_through_the_torchscript_interface(capsys):
     metrics = result["metrics"]
     assert metrics["frechet_distance"] == pytest.approx(published_formula(F, G), rel=1e-6)
     assert (metrics["precision"], metrics["recall"]) == brute_force(G, F, 3)
-    p = torch.softmax(torch.from_numpy(F).float() @ Small().weight, 1).double()           # without the bias: as ADM
-    assert metrics["inception_score"] == pytest.approx((p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item(), rel=1e-5)
+    p = torch.softmax(torch.from_numpy(F).float() @ Small().weight, 1)            # without the bias: as ADM
+    assert metrics["inception_score"] == pytest.approx(inception_score(p), rel=1e-5)
     assert {"command", "torch", "date"} <= result.keys() and result["counts"] == {"samples": 203, "reference": 150}
     said = capsys.readouterr().out
     assert f"frechet distance  {metrics['frechet_distance']:.4f}" in said and "under 10,000 the distance is biased" in said
@@ -156,9 +148,8 @@ def test_statistics_file_stands_for_its_images():
     for count in (4, 100, 1000):
         run(f"reference.npz --pr-images {count} --micro-batch 7 --save-statistics {count}.safetensors", samples="")
         found = read_tensors(f"{count}.safetensors")[0][""]["features"].numpy()
-        places = [int(abs(G - x).sum(1).argmin()) for x in found]
-        gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + 150], strict=True)]
-        assert len(places) == min(count, 150) and max(gaps) - min(gaps) <= 1 and min(gaps) > 0
+        gaps = np.diff([abs(G - x).sum(1).argmin() for x in found], append=150)
+        assert len(found) == min(count, 150) and max(gaps) - min(gaps) <= 1 and min(gaps) > 0
     direct = run("reference.npz --pr-images 100")
     assert run("100.safetensors")["metrics"] == pytest.approx(direct["metrics"], rel=1e-9)
     with pytest.raises(InputError, match="has statistics of .*Inception.* not of .*RANDOM"):
@@ -207,28 +198,25 @@ def test_results_of_others_stay():
     """None that is not this program's, or is of another reference or features, is replaced."""
     assert eval_fid.parse_args(["a.1.5.npz", "--reference", "x", "--features", "encoder:y"]).out == "a.1.5.encoder-y.json"
     result = json.dumps(run("reference.npz"))
-    for words, content, flags in (("reference: reference.npz there, adm.npz now", result, "adm.npz"),
-                                  ("features: ", result, "reference.npz --features encoder:latents"),
-                                  ("kept.json holds other work", '{"mine": 1}', "reference.npz")):
-        Path("kept.json").write_text(content)
+    for words, before, flags in (("reference: reference.npz there, adm.npz now", result, "adm.npz"),
+                                 ("features: ", result, "reference.npz --features encoder:latents"),
+                                 ("kept.json holds other work", '{"mine": 1}', "reference.npz")):
+        Path("kept.json").write_text(before)
         with pytest.raises(InputError, match=words):
             run(flags, out="kept.json")
-        assert Path("kept.json").read_text() == content
+        assert Path("kept.json").read_text() == before
 
 
 def test_wrong_samples_references_and_networks():
     """One line each."""
     images = np.zeros((8, 32, 32, 3), np.uint8)
-    np.savez("turned.npz", arr_0=draw(20, 0))
-    data = bytearray(Path("turned.npz").read_bytes())
+    for name, array in {"fortran": np.asfortranarray(images), "few": images[:3], "size": images[:, :16, :16], "objects": [{}, {}]}.items():
+        np.savez(f"{name}.npz", arr_0=array)
+    np.savez("mu.npz", mu=np.zeros(5), sigma=np.eye(5))
+    data = bytearray(Path("samples.npz").read_bytes())
     data[len(data) // 2] ^= 255
     Path("turned.npz").write_bytes(data)
     Path("text").write_text("hello")
-    np.savez("objects.npz", arr_0=np.array([{}, {}]))
-    np.savez("fortran.npz", arr_0=np.asfortranarray(images))
-    np.savez("few.npz", arr_0=images[:3])
-    np.savez("size.npz", arr_0=images[:, :16, :16])
-    np.savez("mu.npz", mu=np.zeros(5), sigma=np.eye(5))
     write_tensors("other.safetensors", {"": {"x": torch.zeros(1)}})
     torch.jit.script(Small(np.nan)).save("nan.pt")
     for message, given in {

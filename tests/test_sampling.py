@@ -87,9 +87,8 @@ def test_each_image_has_its_own_noise():
     pinned = [[0.7384266, -0.8476236, 0.6359275], [1.9901521, -0.626277, -0.9110656]]
     torch.testing.assert_close(z, torch.tensor(pinned), rtol=1e-6, atol=0)
     assert y.tolist() == [293, 233]
-    z, y = sample.noise_and_labels(range(500), 0, (2, 3, 3), 1000, "random")
-    assert len(z.flatten(1).unique(dim=0)) == 500 and len(y.unique()) > 340 and abs(z.std() - 1) < 0.05           # 394 are expected
-    assert torch.equal(sample.noise_and_labels([7, 64], 0, (2, 3, 3), 1000)[0], z[[7, 64]])
+    z, y = sample.noise_and_labels(range(500), 0, (3,), 1000, "random")
+    assert len(z.unique(dim=0)) == 500 and len(y.unique()) > 340 and abs(z.std() - 1) < 0.05      # 394 are expected
     assert sample.noise_and_labels(range(4), 0, (1,), 3, [2, 0])[1].tolist() == [2, 0, 2, 0]
 
 

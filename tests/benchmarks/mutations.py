@@ -118,7 +118,7 @@ MUTATIONS = {
         ("rank * count // world, (rank + 1) * count // world", "count // world * rank, count // world * (rank + 1)",
          "eval_fid: processes"),
         ('if saved.get("features", about) != about:', "if False:", "eval_fid: stands"),
-        ("kept = values > values[-1] * len(values) * np.finfo(float).eps", "kept = values > 0", "eval_fid: rounding"),
+        ("kept = values > values[-1] * len(values) * np.finfo(float).eps", "kept = values > 0", "eval_fid: closed_form"),
         ("INCEPTION_SHA256, progress", "None, progress", "eval_fid: fetched"),
         ("if not f.isfinite().all():", "if False:", "eval_fid: wrong"),
     ],
