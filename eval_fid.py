@@ -11,6 +11,7 @@
 Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 1904.06991 (precision, recall), 2306.04675 (FD-DINOv2).
 What each number is, and whose numbers it may stand beside: docs/EVALUATION.md.
 """
+import hashlib
 import re
 import zipfile
 import zlib
@@ -68,7 +69,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     roots = []
     for cov in (cov_1, cov_2):
         values, vectors = eigh((cov + cov.T) / 2)
-        # What rounding cannot tell from 0 is 0.
+        # The others are 0 but for rounding.
         kept = values > values[-1] * len(values) * np.finfo(float).eps
         roots.append(vectors[:, kept] * values[kept] ** 0.5)  # C = R R^T
     cross = svdvals(roots[0].T @ roots[1]).sum() if all(root.size for root in roots) else 0
@@ -171,10 +172,10 @@ def inception(path, device):
             barrier()
         net = torch.jit.load(path, map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"cannot load {path} ({error}): bring {INCEPTION_URL}, and give --inception "
-                         "PATH") from error
-    about = {"name": "Inception", "sha256": digest_of(net.state_dict())}
-    return (about, lambda images: net(images, return_features=True),
+        raise InputError(f"cannot load {path} ({error}): give --inception the file of {INCEPTION_URL}"
+                         ) from error
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return ({"name": "Inception", "sha256": sha256}, lambda images: net(images, return_features=True),
             lambda images: net(images, no_output_bias=True))
 
 
@@ -278,7 +279,7 @@ def parse_args(argv=None):
 def open_reference(args, size):
     """-> images or None; what the file brings of {"mean", "covariance", "features"}; its `about`.
 
-    ADM's files hold moments of Inception features of ImageNet's whole training set, and 10,000 images."""
+    ADM's hold moments of Inception features of ImageNet's whole training set, and 10,000 images."""
     path, stored = args.reference, {}
     if path.endswith(".safetensors"):
         parts, about, _ = read_tensors(path)
