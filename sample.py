@@ -59,7 +59,7 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
 def generate(net, z, y, nfe, solver="euler", shift=None, v=None):
     """Latents from noise z (B, C, H, W) and labels y (B,), in `nfe` evaluations of `net`.
 
-    shift: a of a teacher's grid (None: default_time_shift of its latents).
+    shift: a of a teacher's grid (None: default_time_shift).
     v: a teacher's guided velocity in its place; it counts as one."""
     if net.r_embedder is not None:
         return long_jumps(net, z, y, [1 - i / nfe for i in range(nfe + 1)])
