@@ -15,12 +15,13 @@ import hashlib
 import re
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from model import (
     IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, all_reduce, barrier, command, digest_of, is_first,
@@ -30,14 +31,11 @@ from model import (
 INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
                  "inception-2015-12-05.pt")
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-INTERFACE = "needed is one with the interface of inception-2015-12-05.pt"
-# Neighbours of precision and recall (ADM).
-K = 3
 
 
 # ---- Metrics of feature arrays -----------------------------------------------
 class Moments:
-    """Mean (D,) and unbiased covariance (D, D) of features (B, D) seen in parts, from sums in float64."""
+    """Mean (D,) and unbiased covariance (D, D) of features (B, D), from sums in float64."""
 
     def __init__(self):
         self.count, self.total, self.scatter = 0, 0, 0
@@ -61,55 +59,42 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6).
 
     (D,), (D, D), (D,), (D, D), tensors or arrays -> float >= 0, computed in float64 on the CPU.
-    Its last trace is the sum of the singular values of C_1^1/2 C_2^1/2: taken as such they are real, and keep
-    the digits that squaring would cost where a covariance is singular. Eigenvalues that rounding cannot tell
-    from 0 count as 0. InputError: shapes disagree, a value is not finite, or a `cov` is no covariance."""
+    Its last trace is the sum of the singular values of C_1^1/2 C_2^1/2, which keep the digits that squaring
+    would cost where a covariance is singular."""
     from scipy.linalg import eigh, svdvals
     moments = [torch.as_tensor(x).double().cpu().numpy() for x in (mean_1, cov_1, mean_2, cov_2)]
     mean_1, cov_1, mean_2, cov_2 = moments
-    square = cov_1.shape == cov_2.shape == 2 * mean_1.shape
-    if mean_1.ndim != 1 or mean_2.shape != mean_1.shape or not square:
-        raise InputError(f"moments of shapes {[x.shape for x in moments]} do not fit: use one kind of "
-                         "features")
-    if not all(np.isfinite(x).all() for x in moments):
-        raise InputError("a mean or covariance is not finite: of fewer than 2 images, or its file is damaged")
+    if mean_1.shape != mean_2.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
+        raise InputError(f"moments of shapes {[x.shape for x in moments]} are not of one kind of features")
     roots = []
-    for place, cov in enumerate((cov_1, cov_2), 1):
+    for cov in (cov_1, cov_2):
         values, vectors = eigh((cov + cov.T) / 2)
-        largest = abs(values).max()
-        # Files in float32 are off by 1e-6.
-        if values[0] < -1e-4 * largest or abs(cov - cov.T).max() > 1e-4 * largest:
-            raise InputError(f"covariance {place} is not symmetric with eigenvalues >= 0: a damaged file")
-        kept = values > largest * len(values) * np.finfo(float).eps
-        # C = R R^T
-        roots.append(vectors[:, kept] * values[kept] ** 0.5)
+        # The others are 0 but for rounding.
+        kept = values > values[-1] * len(values) * np.finfo(float).eps
+        roots.append(vectors[:, kept] * values[kept] ** 0.5)  # C = R R^T
     cross = svdvals(roots[0].T @ roots[1]).sum() if all(root.size for root in roots) else 0
     return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + cov_1.trace() + cov_2.trace() - 2 * cross))
 
 
-def precision_recall(real, fake, k=K, block=2048):
+def precision_recall(real, fake, k=3, block=2048):
     """Improved precision and recall (arXiv 1904.06991) as ADM counts: (N, D), (M, D) -> two floats in [0, 1].
 
     A set's manifold: the balls around its points, each as far as the point's k-th nearest other one, border
     included. Precision is the part of `fake` in the manifold of `real`, recall the part of `real` in that of
-    `fake`. Float64, on the features' device, in blocks of rows. InputError: a set has no k + 1 points."""
-    if min(len(real), len(fake)) <= k:
-        raise InputError(f"precision and recall need at least {k + 1} images a side, "
-                         f"here {len(real)} and {len(fake)}")
-    # Where |a|^2 + |b|^2 - 2 a b cancels least; torch.cdist without that formula takes 30 times as long.
+    `fake`. N, M > k. Float64, on the features' device, in blocks of rows."""
+    # Where |a|^2 + |b|^2 - 2 a b cancels least; torch.cdist without it takes 30 times as long.
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre
 
-    def squared_distances(a, b):
-        """And what rounding may do to them."""
+    def squared_distances(a, b):              # and what rounding may do to them
         norms = a.square().sum(1)[:, None] + b.square().sum(1)
         return torch.addmm(norms, a, b.T, alpha=-2), 1e-13 * norms
 
     def share_in_manifold(points, of):
-        # k + 1: a point's nearest is itself.
         nearest = [squared_distances(rows, of)[0].topk(k + 1, largest=False).values
                    for rows in of.split(block)]
-        radii, inside = torch.cat(nearest)[:, k], []
+        radii = torch.cat(nearest)[:, k]          # each point's nearest is itself
+        inside = []
         for rows in points.split(block):
             distances, rounding = squared_distances(rows, of)
             # Less rounding, so that ties count, as in exact arithmetic.
@@ -121,8 +106,7 @@ def precision_recall(real, fake, k=K, block=2048):
 def inception_score(probabilities, split_size=5000):
     """exp(mean KL(p(y|x) || p(y))) (arXiv 1606.03498), averaged over consecutive splits as in ADM.
 
-    (N, classes), rows that sum to 1 -> float in [1, classes]; p(y) is a split's mean. What does not fill a
-    split is a split of its own."""
+    (N, classes), rows that sum to 1 -> float in [1, classes]; p(y) is a split's mean."""
     scores = []
     for p in probabilities.double().split(split_size):
         divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
@@ -132,107 +116,76 @@ def inception_score(probabilities, split_size=5000):
 
 # ---- Images: len(), image_size, read(consecutive indices) -> uint8 (B, 3, S, S), labels
 @contextmanager
-def complaint(what, hint):
-    """What a damaged or foreign file may end in becomes an InputError: `what` (the reason): `hint`."""
+def reading(path):
+    """What a damaged or foreign .npz ends in becomes an InputError."""
     try:
         yield
-    except (OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError,
-            OverflowError, zipfile.BadZipFile, zlib.error) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"{what} ({lines[-1] if lines else type(error).__name__}): {hint}") from error
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is not a readable .npz with arr_0 uint8 (N, S, S, 3) ({error})") from error
 
 
 class NpzImages:
     """`arr_0` of an .npz, streamed: 50,000 images of 256 px are 10 GB, a batch is not."""
 
     def __init__(self, path):
-        self.path, formats = path, np.lib.format
-        with complaint(f"{path} is not a readable .npz with arr_0", "make or download it again"):
-            self.archive = zipfile.ZipFile(path)
-            self.member = self.archive.open("arr_0.npy")
-            first = formats.read_magic(self.member) == (1, 0)
-            read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
-            self.shape, fortran, dtype = read(self.member)
-            _, size, *_ = self.shape
-            self.start, self.row, self.image_size = self.member.tell(), 3 * size * size, size
-            length = self.archive.getinfo("arr_0.npy").file_size - self.start
-        wanted = (size, size, 3), np.uint8, False, self.shape[0] * self.row
-        if (self.shape[1:], dtype, fortran, length) != wanted:
-            order = " in Fortran order" * fortran
-            raise InputError(f"{path}: arr_0 is {dtype} {self.shape}{order}, and must be uint8 (N, S, S, 3), "
-                             "in C order, of the length that its header says")
-
-    def __del__(self):
-        with suppress(AttributeError):            # it was no .npz
-            self.archive.close()
-            self.member.close()
+        self.path = path
+        with reading(path):
+            self.member = zipfile.ZipFile(path).open("arr_0.npy")
+            np.lib.format.read_magic(self.member)
+            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.member)
+            side = self.shape[1:2]
+            if (self.shape[1:], dtype, fortran) != ((*side, *side, 3), np.uint8, False):
+                raise ValueError(f"it is {dtype} {self.shape}{', in Fortran order' * fortran}")
+        self.image_size, self.start = side[0], self.member.tell()
+        self.bytes_per_image = 3 * self.image_size ** 2
 
     def __len__(self):
         return self.shape[0]
 
     def read(self, indices):
-        with complaint(f"{self.path} is damaged", "make or download it again"):
-            self.member.seek(self.start + indices[0] * self.row)
-            data = np.frombuffer(self.member.read(len(indices) * self.row), np.uint8)
+        with reading(self.path):
+            self.member.seek(self.start + indices[0] * self.bytes_per_image)
+            data = np.frombuffer(self.member.read(len(indices) * self.bytes_per_image), np.uint8)
             images = data.reshape(len(indices), *self.shape[1:]).transpose(0, 3, 1, 2)
-            return torch.from_numpy(images.copy()), None
+        return torch.from_numpy(images.copy()), None
 
 
-def open_images(path, size=None):
-    """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does (None: all have one)."""
-    if not Path(path).exists():
-        raise InputError(f"{path} does not exist: give an .npz (sample.py makes it), a folder or a .zip")
-    if Path(path).suffix == ".npz":
+def open_images(path, size):
+    """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does."""
+    if path.endswith(".npz"):
         return NpzImages(path)
     from encode_latents import Images
-    images = Images(path, size)
-    if size is None:
-        from PIL import Image
-        sizes = set()
-        for name in images.paths:
-            with complaint(f"{path}/{name} is no image", "remove it"), images.open(name) as file:
-                sizes |= set(Image.open(file).size)
-        if len(sizes) > 1:
-            raise InputError(f"{path} has sides of {sorted(sizes)} pixels: samples are square, of one size")
-        images.image_size = sizes.pop()
-    return images
+    return Images(path, size)
 
 
 # ---- Feature networks: -> what it is, and functions of uint8 images (B, 3, S, S):
 # features (B, D), and probabilities (B, classes) or None
 def inception(path, device):
-    """A TorchScript file with the interface of NVIDIA's inception-2015-12-05.pt.
-
-    That one is the TensorFlow network of the original FID and takes images of any size; it is the default,
-    fetched into torch's cache on first use."""
-    if not path:
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
-        if is_first() and not path.exists():
-            say(f"fetching {INCEPTION_URL} to {path}")
-            with complaint(f"cannot fetch {INCEPTION_URL}", "get it elsewhere, for --inception PATH"):
+    """The original FID's network, as TorchScript: at `path`, or fetched once into torch's cache."""
+    try:
+        if not path:
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
+            if is_first() and not path.exists():
+                say(f"fetching {INCEPTION_URL} to {path}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
-        barrier()
-    with complaint(f"{path} is no TorchScript file", INTERFACE):
+            barrier()
         net = torch.jit.load(path, map_location=device).eval()
-    about = {"name": "Inception (TorchScript)", "sha256": file_digest(path)}
-    return (about, lambda images: net(images, return_features=True),
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot load {path} ({error}): give --inception the file of {INCEPTION_URL}"
+                         ) from error
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return ({"name": "Inception", "sha256": sha256}, lambda images: net(images, return_features=True),
             lambda images: net(images, no_output_bias=True))
 
 
 def dinov2(source, device):
     """CLS token after a DINOv2's last LayerNorm, at 224 px by Pillow's bicubic: dgm-eval's (2306.04675)."""
-    from PIL import Image
-    from transformers import AutoConfig, AutoModel
-    with complaint(f"--features {source} is not inception, dinov2, encoder:LATENTS or a DINOv2 by its name",
-                   "give one of these"):
-        # Else there is no need to ask the Hub.
-        if "/" not in source and not Path(source).exists():
-            raise ValueError("neither a folder nor ORGANIZATION/NAME")
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in ("dinov2", "dinov2_with_registers"):
-            raise ValueError("another kind of network")
+    from transformers import AutoModel
+    try:
         net = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--features {source} is no network, here or on the Hub ({error})") from error
     net = net.eval().to(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
 
@@ -241,7 +194,7 @@ def dinov2(source, device):
         resized = [np.array(Image.fromarray(x).resize((224, 224), Image.Resampling.BICUBIC)) for x in pixels]
         x = torch.from_numpy(np.stack(resized)).to(device).permute(0, 3, 1, 2) / 255
         return net(pixel_values=(x - mean) / std).last_hidden_state[:, 0]
-    return {"name": "DINOv2", "source": source, "sha256": digest_of(net.state_dict())}, features, None
+    return {"name": net.config.model_type, "sha256": digest_of(net.state_dict())}, features, None
 
 
 def frozen_encoder(latents, device):
@@ -249,42 +202,27 @@ def frozen_encoder(latents, device):
     from encode_latents import encoder_of
     net = encoder_of(latents).to(device)
     name = "RANDOM encoder (untrained)" if net.about["untrained"] else "encoder"
-    about = {"name": name, "source": net.about["id"], **net.about["identity"]}
-    return about, lambda images: net(images).mean((2, 3)), None
+    return {"name": name, **net.about["identity"]}, lambda images: net(images).mean((2, 3)), None
 
 
-def load_features(args, size, device):
-    """The one of these that --features names, tried on two blank images."""
+def load_features(args, device):
+    """The one of these that --features names."""
     if args.features == "inception":
-        about, features, probabilities = inception(args.inception, device)
-    elif args.features.startswith("encoder:"):
-        about, features, probabilities = frozen_encoder(args.features[8:], device)
-    else:
-        source = {"dinov2": "facebook/dinov2-large"}.get(args.features, args.features)
-        about, features, probabilities = dinov2(source, device)
-    blank = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
-    with torch.no_grad(), complaint(f"{about['name']} does not answer as it should", INTERFACE):
-        f, p = features(blank), probabilities(blank) if probabilities else torch.ones(2, 1)
-        if not f.dim() == p.dim() == len(f) == len(p) == 2 or ((p.sum(1) - 1).abs() > 1e-3).any():
-            raise ValueError(f"features {tuple(f.shape)} and probabilities {tuple(p.shape)} of 2 images")
-    return {**about, "width": f.shape[1]}, features, probabilities
-
-
-def file_digest(path):
-    with complaint(f"cannot read {path}", "check the path"), open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2 ** 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return inception(args.inception, device)
+    if args.features.startswith("encoder:"):
+        return frozen_encoder(args.features.removeprefix("encoder:"), device)
+    return dinov2("facebook/dinov2-large" if args.features == "dinov2" else args.features, device)
 
 
 # ---- From images to statistics -----------------------------------------------
 @torch.no_grad()
 def measure(images, embed, classify, kept, micro_batch, device, rank, world):
-    """-> Moments of all images' features, features of `kept` of them evenly spread, probabilities or None.
+    """-> {"mean", "covariance", and "features" of `kept` images, evenly spread}; probabilities or None.
 
     Each process takes consecutive images, as the Inception Score's splits go by order."""
     count = len(images)
+    if count < 4:
+        raise InputError(f"{count} images are too few: give 4 at least, and to publish 50,000")
     start, stop = rank * count // world, (rank + 1) * count // world
     keep = torch.zeros(count, dtype=torch.bool)
     keep[torch.arange(kept) * count // max(kept, 1)] = True
@@ -295,7 +233,7 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
         batch = images.read(rows)[0].to(device)
         f = embed(batch).float()
         if not f.isfinite().all():
-            raise InputError(f"features of images {i} to {rows[-1]} are not finite: the network is damaged")
+            raise InputError(f"features of images {i} to {rows[-1]} are not finite")
         moments.update(f)
         features.append(f.cpu()[keep[i:rows.stop]])
         if classify:
@@ -304,33 +242,26 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
         parts = [None] * world
         dist.all_gather_object(parts, (features, probabilities))
         features, probabilities = (sum((part[i] for part in parts), []) for i in (0, 1))
-        width = features[0].shape[1]
-        # A process may have had no image.
-        moments.total = all_reduce((moments.total + torch.zeros(width).double().to(device)).cpu())
-        moments.scatter = all_reduce((moments.scatter + torch.zeros(width, width).double().to(device)).cpu())
+        moments.total, moments.scatter = all_reduce(moments.total.cpu()), all_reduce(moments.scatter.cpu())
         moments.count = count
-    return moments, torch.cat(features), torch.cat(probabilities) if classify else None
-
-
-STATISTICS = "mean", "covariance", "features"
+    found = {"mean": moments.mean, "covariance": moments.covariance, "features": torch.cat(features)}
+    return found, torch.cat(probabilities) if classify else None
 
 
 # ---- The command -------------------------------------------------------------
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("samples", type=location, nargs="?",
-        help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images of one size")
+    add("samples", type=location, nargs="?", help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images")
     add("--reference", type=location, required=True,
-        help=".npz of images or of ADM's mu and sigma, folder or .zip of images, or --save-statistics file")
-    add("--image-size", type=whole(), metavar="PX", help="of a reference folder (default: the samples')")
+        help=".npz of images or ADM's mu and sigma, folder or .zip of images, or --save-statistics FILE")
+    add("--image-size", type=whole(), default=256, metavar="PX",
+        help="to which folders are brought; a reference: to the size of an .npz of samples")
     add("--pr-images", type=number(int, 0), default=10_000, metavar="N",
-        help="images of the reference, evenly spread, for precision and recall, at most (ADM); 0: neither")
-    add("--features", default="inception",
-        help="inception (FID), dinov2 (facebook/dinov2-large), another DINOv2's Hub id or folder, or "
-             "encoder:LATENTS, the encoder that made these")
-    add("--inception", type=location, metavar="PATH",
-        help=f"TorchScript file (default: {INCEPTION_URL}, fetched once)")
+        help="images of the reference for precision and recall, at most (ADM); 0: neither")
+    add("--features", default="inception", help="inception (FID), dinov2 (facebook/dinov2-large), another's "
+        "Hub id or folder, or encoder:LATENTS, the encoder that made these")
+    add("--inception", type=location, metavar="PATH", help="TorchScript file (default: NVIDIA's, fetched)")
     add("--micro-batch", type=whole(), default=64, help="images per device and forward pass (ADM)")
     add("--out", type=location, metavar="JSON", help="the results (default: SAMPLES.FEATURES.json)")
     add("--save-statistics", type=location, metavar="FILE",
@@ -338,129 +269,85 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     if not args.samples and not args.save_statistics:
-        parser.error("no samples: give an .npz or a folder of them, or --save-statistics FILE")
-    if 0 < args.pr_images <= K:
-        parser.error(f"--pr-images {args.pr_images}: 0, or more than {K}")
+        parser.error("give SAMPLES, or --save-statistics FILE")
     if args.samples and not args.out:
         kind = re.sub(r"\W+", "-", args.features)
-        args.out = re.sub(r"\.(npz|zip)$", "", str(Path(args.samples))) + f".{kind}.json"
-    for flag, suffix in (("out", ".json"), ("save_statistics", ".safetensors")):
-        if not (getattr(args, flag) or suffix).endswith(suffix):
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: a name that ends in {suffix}")
+        args.out = f"{str(Path(args.samples)).removesuffix('.npz')}.{kind}.json"
     return args
 
 
-def check_target(path, reference, features):
-    """InputError, unless there is no such file, or one of this program's, of these."""
-    if Path(path).exists():
-        before = read_json(path) if path.endswith(".json") else read_tensors(path, only=())[1]
-        known = before.get("reference")
-        known = {"reference": known.get("path") if isinstance(known, dict) else None,
-                 "features": before.get("features")}
-        refuse_other(path, known, {"reference": reference, "features": features})
+def open_reference(args, size):
+    """-> images or None; what the file brings of {"mean", "covariance", "features"}; its `about`.
 
-
-def open_reference(args, samples):
-    """-> images or None; {name: tensor} of the STATISTICS that the file brings; what it says of them.
-
-    ADM's references hold mu and sigma of the Inception features of ImageNet's whole training set, and 10,000
-    of its images, for precision and recall."""
-    path, stored = Path(args.reference), {}
-    if path.suffix == ".safetensors":
+    ADM's hold moments of Inception features of ImageNet's whole training set, and 10,000 images."""
+    path, stored = args.reference, {}
+    if path.endswith(".safetensors"):
         parts, about, _ = read_tensors(path)
-        stored = parts.get("", {})
-        if set(stored) != set(STATISTICS) or set(about) != {"reference", "features"}:
-            raise InputError(f"{path} has no statistics: eval_fid.py --save-statistics FILE makes them")
-        return None, stored, {**about["reference"], "features": about["features"]}
-    if path.suffix == ".npz" and path.exists():
-        with complaint(f"{path} is not a readable .npz", "make or download it again"), np.load(path) as file:
-            if "mu" in file.files and args.features == "inception":
-                names = zip(STATISTICS, ("mu", "sigma"), strict=False)
-                stored = {name: torch.from_numpy(file[theirs]).double() for name, theirs in names}
-            if "arr_0" not in file.files:
-                if not stored:
-                    raise ValueError("it has no arr_0, and mu, sigma serve --features inception only")
-                return None, stored, {"features": {"width": len(stored["mean"])}}
-    size = samples.image_size if samples is not None else None
-    return open_images(args.reference, args.image_size or size), stored, {}
+        return None, parts.get("", {}), {"features": None, **about}
+    if path.endswith(".npz"):
+        with reading(path), np.load(path) as file:
+            if args.features == "inception" and "mu" in file:
+                stored = {"mean": torch.from_numpy(file["mu"]), "covariance": torch.from_numpy(file["sigma"])}
+            if stored and "arr_0" not in file:
+                return None, stored, {}
+    images = open_images(path, size)
+    return images, stored, {"count": len(images), "image_size": images.image_size}
 
 
 def main(argv=None):
     args = parse_args(argv)
     device, rank, world = launch(hours=4)
-    # Features in true float32.
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False       # features in true float32
 
     # Images of one size, and the network that sees them
-    samples = open_images(args.samples) if args.samples else None
-    real, stored, of_stored = open_reference(args, samples)
-    given = {"samples": samples, "reference": real}
-    given = {name: images for name, images in given.items() if images is not None}
-    counts = {"reference": of_stored.get("count"), **{name: len(images) for name, images in given.items()}}
-    sizes = {images.image_size for images in given.values()} | {of_stored.get("image_size")} - {None}
-    if len(sizes) > 1:
-        raise InputError(f"samples and reference are of {sorted(sizes)} pixels a side, and must be of one "
-                         "(--image-size is a reference folder's)")
-    fewest = min(map(len, given.values()), default=K + 1)
-    if fewest <= K:
-        raise InputError(f"{fewest} images are too few: give {K + 1} at least, to publish it 50,000")
-    about, embed, classify = load_features(args, *sizes or [256], device)
-    used = of_stored.get("features", {})
-    if any(used[key] != about.get(key) for key in used.keys() - {"source"}):
-        raise InputError(f"{args.reference} is of other features, {used}, than {about}: make one of these")
-    say(f"{about['name']}: features of {counts} images on {world} x {device.type}")
-    if is_first():
-        for file in filter(None, (args.out, args.save_statistics)):
-            lock(Path(file).with_name(f".{Path(file).name}.lock"))
-            check_target(file, args.reference, about)
+    samples = open_images(args.samples, args.image_size) if args.samples else None
+    size = samples.image_size if args.samples else args.image_size
+    real, stored, saved = open_reference(args, size)
+    if args.samples and saved.get("image_size", size) != size:
+        raise InputError(f"samples are of {size} pixels a side, the reference of {saved['image_size']}")
+    about, embed, classify = load_features(args, device)
+    if saved.get("features", about) != about:
+        raise InputError(f"{args.reference} has statistics of {saved['features']}, not of {about}")
+    say(f"features of {about['name']}, on {world} x {device.type}")
+
+    # Nothing is overwritten but this program's own output, of this reference and these features
+    made = {"reference": args.reference, "features": about}
+    for path in filter(None, (args.out, args.save_statistics) if rank == 0 else ()):
+        lock(Path(path).with_name(f".{Path(path).name}.lock"))
+        if Path(path).exists():
+            before = read_tensors(path, only=())[1] if path == args.save_statistics else read_json(path)
+            refuse_other(path, {name: before.get(name) for name in made}, made)
 
     # Statistics of the reference, its images' or those that it brings, and of the samples
     place = args.micro_batch, device, rank, world
     if real is not None:
-        moments, features, _ = measure(real, embed, None, min(args.pr_images, len(real)), *place)
-        stored = {"mean": moments.mean, "covariance": moments.covariance, **stored, "features": features}
-    if samples is not None:
-        moments, fake, probabilities = measure(samples, embed, classify, len(samples), *place)
-    if rank > 0:
-        return
-    pr_images = len(stored.get("features", ()))
-    reference = {"path": args.reference, "count": counts["reference"], "image_size": max(sizes, default=None)}
-    if args.save_statistics:
-        stored.setdefault("features", torch.empty(0, about["width"]))
-        tensors = {name: stored[name].cpu() for name in STATISTICS}
-        write_tensors(args.save_statistics, {"": tensors}, {"reference": reference, "features": about})
+        stored = {**measure(real, embed, None, min(args.pr_images, len(real)), *place)[0], **stored}
+    if args.samples:
+        fake, probabilities = measure(samples, embed, classify, len(samples), *place)
+    if args.save_statistics and rank == 0:
+        write_tensors(args.save_statistics, {"": stored}, {**saved, **made})
         say(f"statistics of {args.reference} are in {args.save_statistics}")
-    if samples is None:
+    if rank > 0 or not args.samples:
         return
 
     # The metrics, and what to know of them
-    distance = frechet_distance(moments.mean, moments.covariance, stored["mean"], stored["covariance"])
-    metrics, notes = {"frechet_distance": distance}, []
+    moments = [side[name] for side in (fake, stored) for name in ("mean", "covariance")]
+    metrics = {"frechet_distance": frechet_distance(*moments)}
     if classify:
         metrics["inception_score"] = inception_score(probabilities)
-    if args.pr_images and pr_images:
-        real, fake = stored["features"].to(device), fake.to(device)
+    if args.pr_images and len(real := stored.get("features", ())):
+        real, fake = real.to(device), fake["features"].to(device)
         metrics["precision"], metrics["recall"] = precision_recall(real, fake)
-    else:
-        notes.append("no precision and recall: the reference has no images, or --pr-images is 0")
+    counts = {"samples": len(samples), "reference": saved.get("count", 0)}
+    write_json(args.out, {"metrics": metrics, **made, "samples": args.samples, "counts": counts,
+                          **provenance()})
+    for name, value in metrics.items():
+        say(f"{name.replace('_', ' '):18}{value:.4f}")
     for name, count in counts.items():
-        if count and count < 10_000:
-            notes.append(f"{count:,} {name}: under 10,000 the distance is biased upwards: compare equal ones")
-        if count and count <= about["width"]:
-            notes.append(f"{count:,} {name}, {about['width']:,} features: the covariance is singular")
-    of_samples = {"path": args.samples, "count": counts["samples"], "image_size": samples.image_size}
-    for side in (of_samples, reference):
-        if Path(side["path"]).is_file():
-            side["sha256"] = file_digest(side["path"])
-    reference["pr_images"] = pr_images
-    write_json(args.out, {"metrics": metrics, "notes": notes, "features": about, "samples": of_samples,
-                          "reference": reference, "k": K, **provenance()})
-    title = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.features, "frechet distance")
-    for name, value in {title: distance, **metrics}.items():
-        if name != "frechet_distance":
-            say(f"{name.replace('_', ' '):18}{value:.4f}")
-    for note in [*notes, f"all of it is in {args.out}"]:
-        say(f"note: {note}")
+        if 0 < count < 10_000:
+            say(f"note: {count:,} {name}: under 10,000 the distance is biased upwards, compare equal counts; "
+                f"up to {len(moments[0]):,} the covariance is singular")
+    say(f"all of it is in {args.out}")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@
     python sample.py runs/meanflow/state_00050000.safetensors           # from a state that training kept
     python sample.py runs/teacher --grid grid.png --labels 207          # a picture of 64 images, no more
 
-Noise and label of image i follow from the seed and i alone, whatever the batch size or the
-number of processes. The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
-(N, H, W, 3), and arr_1 the labels; about.json in it says how it was made. Batches rest in
-files of their own until all are there, so that processes share nothing and the same command,
-repeated, goes on.
+Noise and label of image i follow from the seed and i alone,
+whatever the batch size or the number of processes.
+The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
+(N, H, W, 3), and arr_1 the labels; about.json in it says how it was made.
+Batches rest in files of their own until all are there,
+so that the same command, repeated, goes on.
 """
 import hashlib
 import json
-import math
-import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,8 +31,8 @@ from PIL import Image, ImageDraw
 from model import (
     ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize,
     digest_of, fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location,
-    lock, long_jumps, number, ode_times, positive, progress, read_json, read_tensors, refuse_other, say,
-    solve_ode, whole, write_atomically, write_json, write_tensors)
+    lock, long_jumps, number, ode_times, positive, progress, read_tensors, refuse_other, say, solve_ode,
+    whole, write_atomically, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
 
@@ -60,8 +59,8 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
 def generate(net, z, y, nfe, solver="euler", shift=None, v=None):
     """Latents from noise z (B, C, H, W) and labels y (B,), in `nfe` evaluations of `net`.
 
-    shift: a of a teacher's grid; default_time_shift of its latents, unless it was trained with another.
-    v: a teacher's guided velocity, of model.guided, in its place; it counts as one."""
+    shift: a of a teacher's grid (None: default_time_shift).
+    v: a teacher's guided velocity in its place; it counts as one."""
     if net.r_embedder is not None:
         return long_jumps(net, z, y, [1 - i / nfe for i in range(nfe + 1)])
     times = ode_times(nfe if solver == "euler" else nfe // 2, shift or default_time_shift(net.shape))
@@ -75,77 +74,59 @@ def to_uint8(images, truncate=False):
     return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-# ---- The sample file, by way of a folder with a file for each batch ----------
-def begin(out, parts, settings):
-    """See that `out` and `parts` are free, or hold work of these settings."""
-    lock(out.with_name(f".{out.name}.lock"))
-    if out.exists():
-        return refuse_other(out, read_about(out), settings)
-    if (parts / "about.json").exists():
-        return refuse_other(parts, read_json(parts / "about.json"), settings)
-    if parts.exists() and any(not path.name.startswith(".") for path in parts.iterdir()):
-        raise InputError(f"{parts} holds something else: give another --out")
-    write_json(parts / "about.json", settings)
-
-
+# ---- The sample file ---------------------------------------------------------
 def read_about(path):
-    """The settings in a sample file. InputError: it is none, or not ours."""
+    """The settings in a sample file of ours."""
     try:
         with zipfile.ZipFile(path) as file:
             return dict(json.loads(file.read("about.json")))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no whole sample file of ours ({error}): give another --out, or remove "
-                         "it") from error
+        raise InputError(f"{path} is no whole sample file of ours ({error}): give another --out") from error
 
 
-def bundle(out, files, shape, settings):
-    """The images of `files` as an uncompressed .npz; shape: (N, H, W, 3)."""
+def bundle(out, batches, shape, settings):
+    """The images of files `batches` as an uncompressed .npz; shape: (N, H, W, 3)."""
+    # A ZipInfo has no date: the same samples are the same file.
+    arr_0, arr_1, about = map(zipfile.ZipInfo, ("arr_0.npy", "arr_1.npy", "about.json"))
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    formats = numpy.lib.format
 
     def write(target):
         labels = []
         with zipfile.ZipFile(target, "w") as file:
-            # A ZipInfo has no date: the same samples are the same file.
-            with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-                formats.write_array_header_1_0(stream, header)
-                for path in files:
+            with file.open(arr_0, "w", force_zip64=True) as stream:
+                numpy.lib.format.write_array_header_1_0(stream, header)
+                for path in batches:
                     batch = read_tensors(path)[0][""]
                     stream.write(batch["images"].numpy())
                     labels.append(batch["labels"].numpy())
-            with file.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as stream:
-                formats.write_array(stream, numpy.concatenate(labels))
-            file.writestr(zipfile.ZipInfo("about.json"), json.dumps(settings, indent=1))
+            with file.open(arr_1, "w", force_zip64=True) as stream:
+                numpy.lib.format.write_array(stream, numpy.concatenate(labels))
+            file.writestr(about, json.dumps(settings, indent=1))
     write_atomically(out, write)
-
-
-def first_samples(path, count):
-    """The first images (N, H, W, 3) of an .npz, without reading the rest, and their labels (N,)."""
-    with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
-        numpy.lib.format.read_magic(stream)
-        n, *shape = numpy.lib.format.read_array_header_1_0(stream)[0]
-        pixels = stream.read(min(n, count) * math.prod(shape))
-    return numpy.frombuffer(pixels, numpy.uint8).reshape(-1, *shape), numpy.load(path)["arr_1"][:count]
 
 
 def draw_grid(path, images, labels, classes):
     """A PNG of images (N, H, W, 3), each under its class name."""
-    size, caption, columns = images.shape[1], 12, len(classes) if len(classes) <= 16 else 8
-    cell = size * max(1, 96 // size)
-    canvas = columns * (cell + 2), -(-len(images) // columns) * (cell + caption + 2)
-    grid = Image.new("RGB", canvas, "white")
+    columns, caption = len(classes) if len(classes) <= 16 else 8, 12
+    cell = images.shape[1] * max(1, 96 // images.shape[1])
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * cell, rows * (cell + caption)), "white")
     pen = ImageDraw.Draw(grid)
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = k % columns * (cell + 2), k // columns * (cell + caption + 2)
-        name = str(classes[label]).encode("utf-8", "backslashreplace").decode()
-        pen.text((x + 1, y), name[:cell // 6], fill="black")
+        x, y = k % columns * cell, k // columns * (cell + caption)
+        pen.text((x + 1, y), str(classes[label])[:cell // 6], fill="black")
         image = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
         grid.paste(image, (x, y + caption))
     write_atomically(path, lambda file: grid.save(file, "PNG"))
     say(f"{path}: {len(images)} images")
 
 
-# ---- What the flags name -----------------------------------------------------
+# ---- The command -------------------------------------------------------------
+def class_list(text):
+    """An argparse type: "equal", "random", or a list of class numbers."""
+    return text if text in ("equal", "random") else [whole(0)(k) for k in text.split(",")]
+
+
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -161,8 +142,8 @@ def parse_args(argv=None):
     add_guidance_flags(add)
     add("--guidance-interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar="T", help="from t to t")
     add("--num-samples", type=whole(), help="images (default: 50,000, ADM; of a --grid alone 64)")
-    add("--labels", default="equal",
-        help="'equal' (image i has class i mod K), 'random', or a list to repeat, of numbers or names")
+    add("--labels", type=class_list, default="equal",
+        help="'equal' (image i has class i mod K), 'random', or a list of numbers to repeat: 207,360")
     add("--seed", type=whole(0), default=0, help="of noise and random labels")
     add("--truncate", action="store_true", help="to uint8 as the published code does, instead of rounding")
     add("--batch-size", type=whole(), default=64, help="images at a time and per process")
@@ -175,33 +156,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.solver == "heun" and args.nfe and args.nfe % 2:
         parser.error(f"--nfe {args.nfe} with --solver heun: it must be even, two for each step")
-    if args.guidance_interval[0] > args.guidance_interval[1]:
-        parser.error(f"--guidance-interval {args.guidance_interval}: the lower time comes first")
     if not (args.grid or ".png").endswith(".png") or not (args.out or ".npz").endswith(".npz"):
         parser.error("--grid takes a name that ends in .png, --out one in .npz")
     return args
-
-
-def read_labels(text, classes):
-    """--labels as "equal", "random" or a list of class numbers, which may be given by name."""
-    if text in ("equal", "random"):
-        return text
-    number = {str(k): k for k in range(len(classes))}
-    number |= {str(name): k for k, name in enumerate(classes)}
-    names = [text] if text in number else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in number:
-            raise InputError(f"--labels {text}: no class {name!r}; 'equal', 'random', or a list of numbers "
-                             f"below {len(classes)} or of names such as {classes[0]}")
-    return [number[name] for name in names]
-
-
-def default_out(args):
-    """samples/NETWORK_NFE.npz; of a state samples/RUN_STEP_NFE, with guidance ..._wW."""
-    path = Path(args.network).absolute()
-    state = re.fullmatch(r"state_0*(\d+)\.safetensors", path.name)
-    name = f"{path.parent.name}_{state[1]}" if state else re.sub(r"\.(pt|safetensors)$", "", path.name)
-    return f"samples/{name}_{args.nfe}{f'_w{args.guidance:g}' * (args.guidance != 1)}.npz"
 
 
 def main(argv=None):
@@ -210,32 +167,28 @@ def main(argv=None):
 
     # Network, decoder and statistics, which fit together
     net, about = load_network(args.network)
-    try:
-        decoder, of_decoder = load_decoder(args.decoder)
-        if args.image_norm:
-            decoder.image_norm = args.image_norm[:3], args.image_norm[3:]
-        if net.shape != decoder.shape:
-            raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}")
-    except InputError as error:
-        own = ": give the --decoder of its encoder, or python sanity/train_decoder.py makes one"
-        raise InputError(f"{error}{own * (args.decoder == DECODER)}") from error
-    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
+    decoder, of_decoder = load_decoder(args.decoder)
+    if net.shape != decoder.shape:
+        raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
+                         "the --decoder of its encoder (sanity/train_decoder.py makes one)")
+    if args.image_norm:
+        decoder.image_norm = args.image_norm[:3], args.image_norm[3:]
+    stats = about["stats"] or of_decoder["stats"]
+    if args.stats:
+        stats = load_stats(args.stats, net.shape)
     if stats is None:
-        raise InputError(f"{args.network} brings no latent statistics: give them with --stats")
+        raise InputError(f"{args.network} brings no latent statistics: give --stats")
     net, decoder = net.to(device).eval(), decoder.to(device).eval()
     stats = {name: x.to(device) for name, x in stats.items()}
-    v, weak = (None, None) if net.r_embedder else load_guidance(args, net, about, args.guidance_interval)
-    if net.r_embedder and args.guidance != 1:
-        raise InputError(f"{args.network} is a student: --guidance is for teachers, and for training")
+    v, weak = load_guidance(args, net, about, args.guidance_interval)
     classes = about["classes"] or range(net.num_classes)
-    args.labels = read_labels(args.labels, classes)
+    if isinstance(args.labels, list) and max(args.labels) >= net.num_classes:
+        raise InputError(f"--labels {max(args.labels)}: the network's are 0 to {net.num_classes - 1}")
     args.nfe = args.nfe or (1 if net.r_embedder else 50)
     args.time_shift = args.time_shift or about["time_shift"]
-    alone = args.grid and not args.out
-    count = args.num_samples = args.num_samples or (64 if alone else 50_000)
-    labels = f", labels {args.labels}" * (args.labels != "equal")
-    say(f"{args.network}: {about['kind']}, {args.nfe} evaluations an image, {count:,} images, seed "
-        f"{args.seed}, on {world} x {device.type}{labels}")
+    picture_alone = args.grid and not args.out
+    count = args.num_samples = args.num_samples or (64 if picture_alone else 50_000)
+    say(f"{count:,} images of {args.network}, {args.nfe} evaluations each, on {world} x {device.type}")
     if args.compile:
         net.compile(dynamic=False)
         decoder.compile(dynamic=False)
@@ -247,51 +200,57 @@ def main(argv=None):
             z_0 = generate(net, z.to(device), y.to(device), args.nfe, args.solver, args.time_shift, v)
             images = decoder(denormalize(z_0, stats))
         if not images.isfinite().all():
-            raise InputError(f"images {indices[0]} to {indices[-1]} are not finite: weights or statistics "
-                             "are damaged, or too large for --precision bf16")
-        return {"images": to_uint8(images, args.truncate), "labels": y}
+            raise InputError(f"images {indices[0]} to {indices[-1]} are not finite: damaged weights or "
+                             "statistics, or too large for --precision bf16")
+        return {"images": to_uint8(images, args.truncate).cpu(), "labels": y}
 
-    batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
-    if alone:
-        if is_first():
-            made = [make(indices) for indices in progress(batches, len(batches), "batches")]
-            images = torch.cat([batch["images"] for batch in made]).cpu().numpy()
-            draw_grid(args.grid, images, torch.cat([batch["labels"] for batch in made]).tolist(), classes)
+    starts = range(0, count, args.batch_size)
+    batches = [range(i, min(i + args.batch_size, count)) for i in starts]
+    if args.grid and is_first():
+        shown = count if picture_alone else min(count, 64)
+        made = [make(indices) for indices in batches if indices[0] < shown]
+        images = torch.cat([batch["images"] for batch in made])[:shown]
+        labels = torch.cat([batch["labels"] for batch in made])[:shown]
+        draw_grid(args.grid, images.numpy(), labels.tolist(), classes)
+    if picture_alone:
         return
 
-    # Every process makes its share of the batches that are missing; the first one bundles them.
-    out = Path(args.out or default_out(args))
+    # Every process makes its share of the batches that are missing; the first one bundles them
+    network = Path(args.network).absolute().name.removesuffix(".safetensors")
+    out = Path(args.out or f"samples/{network}_{args.nfe}.npz")
     parts = out.with_name(f"{out.name}.parts")
     files = [parts / f"{k:06d}.safetensors" for k in range(len(batches))]
+    # Inputs are known by what lies at their paths.
+    paths = ("network", "decoder", "weak_teacher", "stats", "out", "grid")
+    settings = {flag: x for flag, x in vars(args).items() if flag not in (*paths, "compile")}
+    settings |= {
+        "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
+        "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
     if is_first():
-        others = ("network", "decoder", "weak_teacher", "stats", "compile", "out", "grid")
-        settings = {flag: value for flag, value in vars(args).items() if flag not in others} | {
-            "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
-            "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
-        begin(out, parts, settings)
+        lock(out.with_name(f".{out.name}.lock"))
+        there = [path for path in files if path.exists()]
+        for path in there:
+            refuse_other(path, read_tensors(path, only=())[1], settings)
+        if out.exists():
+            refuse_other(out, read_about(out), settings)
+        elif there:
+            say(f"goes on: {len(there)} of {len(files)} batches are there")
     barrier()
     if not out.exists():
-        if not parts.exists():
-            raise InputError(f"process {rank} sees no {parts}: it must lie on a disk all nodes share")
-        missing = [k for k, path in enumerate(files) if not path.exists()]
-        # All have looked before the first one writes.
-        barrier()
-        if 0 < len(missing) < len(files):
-            say(f"goes on: {len(files) - len(missing)} of {len(files)} batches are there")
-        for k in progress(missing[rank::world], len(missing[rank::world]), "batches"):
-            write_tensors(files[k], {"": make(batches[k])})
+        mine = range(rank, len(files), world)
+        missing = [k for k in mine if not files[k].exists()]
+        for k in progress(missing, len(missing), "batches"):
+            write_tensors(files[k], {"": make(batches[k])}, settings)
         barrier()
         if is_first():
             size = decoder.shape[1] * decoder.patch_size
             bundle(out, files, (count, size, size, 3), settings)
     if is_first():
-        for path in [*files, *parts.glob(".*.tmp"), parts / "about.json"]:
+        for path in files:
             path.unlink(missing_ok=True)
-        with suppress(OSError):                   # something of the user's is in it, or it is gone
+        with suppress(OSError):                   # something of the user's is in it
             parts.rmdir()
         say(f"{out}: {count:,} images")
-        if args.grid:
-            draw_grid(args.grid, *first_samples(out, min(count, 64)), classes)
 
 
 if __name__ == "__main__":
