@@ -11,7 +11,7 @@ as float16, in shards; their mean and variance (C, H, W) lie beside them.
 
 A shard covers fixed images, so the files are the same whatever the number of processes. The same command
 goes on where it was stopped, and reads back what was there. Folder: latents.json (what is encoded, by what),
-the shards, last latent_stats.safetensors: then it is finished.
+the shards, last latent_stats.safetensors: then it is done.
 """
 import collections
 import functools

@@ -151,11 +151,15 @@ class NpzImages:
 
 
 def open_images(path, size):
-    """An .npz; or a folder or .zip of images, brought to `size` pixels as ADM does."""
+    """An .npz; or a folder or .zip of images, brought to `size` (None: of its first one) as ADM does."""
     if path.endswith(".npz"):
         return NpzImages(path)
     from encode_latents import Images
-    return Images(path, size)
+    images = Images(path, size)
+    if not size:
+        with images.open(images.paths[0]) as file:
+            images.image_size = min(Image.open(file).size)
+    return images
 
 
 # ---- Feature networks: -> what it is, and functions of uint8 images (B, 3, S, S):
@@ -184,8 +188,10 @@ def dinov2(source, device):
     from transformers import AutoModel
     try:
         net = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+        if not net.config.model_type.startswith("dinov2"):
+            raise ValueError(f"a {net.config.model_type}")
     except (OSError, ValueError) as error:
-        raise InputError(f"--features {source} is no network, here or on the Hub ({error})") from error
+        raise InputError(f"--features {source} is no DINOv2, here or on the Hub ({error})") from error
     net = net.eval().to(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
 
@@ -194,7 +200,7 @@ def dinov2(source, device):
         resized = [np.array(Image.fromarray(x).resize((224, 224), Image.Resampling.BICUBIC)) for x in pixels]
         x = torch.from_numpy(np.stack(resized)).to(device).permute(0, 3, 1, 2) / 255
         return net(pixel_values=(x - mean) / std).last_hidden_state[:, 0]
-    return {"name": net.config.model_type, "sha256": digest_of(net.state_dict())}, features, None
+    return {"name": "DINOv2", "sha256": digest_of(net.state_dict())}, features, None
 
 
 def frozen_encoder(latents, device):
@@ -255,12 +261,12 @@ def parse_args(argv=None):
     add("samples", type=location, nargs="?", help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images")
     add("--reference", type=location, required=True,
         help=".npz of images or ADM's mu and sigma, folder or .zip of images, or --save-statistics FILE")
-    add("--image-size", type=whole(), default=256, metavar="PX",
-        help="to which folders are brought; a reference: to the size of an .npz of samples")
+    add("--image-size", type=whole(), metavar="PX",
+        help="to which folders are brought (default: the samples'; without samples 256)")
     add("--pr-images", type=number(int, 0), default=10_000, metavar="N",
         help="images of the reference for precision and recall, at most (ADM); 0: neither")
-    add("--features", default="inception", help="inception (FID), dinov2 (facebook/dinov2-large), another's "
-        "Hub id or folder, or encoder:LATENTS, the encoder that made these")
+    add("--features", default="inception", help="inception (FID), dinov2 (facebook/dinov2-large), another "
+        "DINOv2's Hub id or folder, or encoder:LATENTS, the encoder that made these")
     add("--inception", type=location, metavar="PATH", help="TorchScript file (default: NVIDIA's, fetched)")
     add("--micro-batch", type=whole(), default=64, help="images per device and forward pass (ADM)")
     add("--out", type=location, metavar="JSON", help="the results (default: SAMPLES.FEATURES.json)")
@@ -301,7 +307,7 @@ def main(argv=None):
 
     # Images of one size, and the network that sees them
     samples = open_images(args.samples, args.image_size) if args.samples else None
-    size = samples.image_size if args.samples else args.image_size
+    size = samples.image_size if args.samples else args.image_size or 256
     real, stored, saved = open_reference(args, size)
     if args.samples and saved.get("image_size", size) != size:
         raise InputError(f"samples are of {size} pixels a side, the reference of {saved['image_size']}")

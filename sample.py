@@ -216,8 +216,10 @@ def main(argv=None):
         return
 
     # Every process makes its share of the batches that are missing; the first one bundles them
-    network = Path(args.network).absolute().name.removesuffix(".safetensors")
-    out = Path(args.out or f"samples/{network}_{args.nfe}.npz")
+    *_, run, name = Path(args.network).absolute().parts
+    name = f"{run}_{name}" if name.startswith("state_") else name
+    name = name.removesuffix(".pt").removesuffix(".safetensors")
+    out = Path(args.out or f"samples/{name}_{args.nfe}.npz")
     parts = out.with_name(f"{out.name}.parts")
     files = [parts / f"{k:06d}.safetensors" for k in range(len(batches))]
     # Inputs are known by what lies at their paths.

@@ -189,6 +189,7 @@ def test_the_encoder_of_latents_and_a_dinov2():
         wanted = net(pixel_values=torch.from_numpy(x).permute(0, 3, 1, 2).float()).pooler_output
     run("few --image-size 32 --features vit --save-statistics vit.safetensors", samples="")
     torch.testing.assert_close(read_tensors("vit.safetensors")[0][""]["features"], wanted)
+    assert run("vit.safetensors --features vit", samples="few")["metrics"]["frechet_distance"] < 1e-6    # at their own size
 
 
 def test_results_of_others_stay():

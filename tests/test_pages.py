@@ -10,7 +10,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from test_sampling import LINES_OF_README
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = ROOT / "README.md", sorted(ROOT.glob("docs/**/*.md"))
@@ -108,10 +107,9 @@ def test_commands(page, monkeypatch):
 
 
 # ---- Length and order
-def test_sizes_and_the_lines_to_copy():
+def test_sizes():
     readme = README.read_text()
     assert len(readme) <= 8_500 and sum(len(page.read_text()) for page in DOCS) <= 75_000
-    assert LINES_OF_README.strip() in readme
     prose = [line for page in [README, *DOCS] for line in parts(page)[0].splitlines()]
     assert not [line for line in prose if len(line) > 160 and line[0] != "|"]
 
