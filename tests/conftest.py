@@ -80,10 +80,11 @@ def published(figures):
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """Images, latents, a teacher and a CMT student, each made by its own script."""
-    from runs import encode, random_images, train
+    from runs import encode, lively, random_images, save_network, train
     home = tmp_path_factory.mktemp("home")
     random_images(home / "images")
     encode(home)
-    train(home, "teacher", f"{home}/teacher", "--steps", "8")
+    save_network(home / "start", lively(), {}, None)
+    train(home, "teacher", f"{home}/teacher", "--steps", "8", "--init", f"{home}/start")
     train(home, "cmt", f"{home}/cmt")
     return home

@@ -7,7 +7,7 @@ import torch
 from runs import encode, log, random_images, save_decoder, train
 
 import sample
-from model import Log, jvp_by_parts, load_network, read_json, read_log
+from model import Log, jvp_by_parts, read_json, read_log
 from train_meanflow import meanflow_loss
 
 
@@ -48,13 +48,9 @@ def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
         train(tmp_path, stage, out, *more)
         assert "CPU" not in read_json(out / "run.json")["device"]
         assert len(log(out)) == 6 and all(line["memory_gb"] > 0 for line in log(out)), stage
-        before = load_network(out)[0].state_dict()
         (out / "state_00000006.safetensors").unlink()
         train(tmp_path, stage, out, *more)                    # from step 3
         assert [line["step"] for line in read_log(out)] == [1, 2, 3, 4, 5, 6]
-        for name, tensor in load_network(out)[0].state_dict().items():
-            # Six steps move a weight by up to 6e-3.
-            assert torch.allclose(tensor, before[name], rtol=0, atol=1e-3), (stage, name)
     losses = [log(tmp_path / out)[0]["loss"] for out in ("exact", "fd", "compiled")]
     assert max(losses) < 1.02 * min(losses), losses
     nothing_waits(tmp_path, monkeypatch)

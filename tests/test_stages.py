@@ -3,7 +3,7 @@ import functools
 
 import pytest
 import torch
-from runs import STAGES, encode, lively, log, state, train, watch
+from runs import STAGES, encode, log, state, train, watch
 
 import encode_latents
 import model
@@ -47,11 +47,11 @@ def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
 def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
     """All pairs of points of the teacher's trajectories for their labels, each pair of one that is its group's, at the
     true, shifted times; none older than the pool's age; labels dropped."""
-    teacher, pools = model.load_network(lively(home, tmp_path / "teacher"))[0], []
+    teacher, pools = model.load_network(home / "teacher")[0], []
     make, calls = train_cmt.TrajectoryPool, watch(monkeypatch, train_cmt, "consistency_loss")
     monkeypatch.setattr(train_cmt, "TrajectoryPool", lambda *args: pools.append(make(*args)) or pools[0])
-    train(home, "cmt", tmp_path / "out", *f"--teacher {tmp_path}/teacher --teacher-steps 5 --time-shift 2.5 --steps 9 "
-          "--batch-size 256 --micro-batch 256 --label-dropout 0.4".split())
+    train(home, "cmt", tmp_path / "out", *"--teacher-steps 5 --time-shift 2.5 --steps 9 --batch-size 256 --micro-batch 256 "
+          "--label-dropout 0.4".split())
     pool, times = pools[0], torch.tensor(model.ode_times(5, 2.5))
     points, labels = pool.points, pool.y
     assert torch.equal(pool.times, times) and len(times) == 6 and times[-1] == 0
@@ -98,13 +98,12 @@ def test_options(home, tmp_path, monkeypatch, stage, flags, effect):
     are, so that no compiler is needed."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    start = ["--steps", "2", "--init", lively(home, tmp_path / "start")]
-    start += ["--teacher", tmp_path / "start"] if stage != "teacher" else []
+    start = ["--steps", "2", "--init", home / "teacher"]
     train(home, stage, tmp_path / "default", *start)
     checkpoints = watch(monkeypatch, model, "checkpoint")
     train(home, stage, tmp_path / "option", *start, *flags.split())
     assert len(checkpoints) == 6 * ("--checkpoint-activations" in flags)          # two steps, three blocks
-    before = model.load_network(tmp_path / "start")[0].state_dict()
+    before = model.load_network(home / "teacher")[0].state_dict()
     a, b = (state(tmp_path / out)["ema"] for out in ("default", "option"))
     moved, apart = (sum(float((a[k] - x[k]).square().sum()) for k in before) ** 0.5 for x in (before, b))
     assert {"same": apart < 1e-3 * moved, "near": 1e-6 < apart / moved < 0.5, "other": apart > 1e-3 * moved}[effect]
@@ -131,9 +130,8 @@ def test_a_step_replayed(home, tmp_path, monkeypatch, stage, clip):
     not at all), at a rate that is constant until --decay-from; then average <- ema average + (1 - ema) net, without a
     graph, which would grow with every step. The states give the gradient: m' = 0.9 m + 0.1 g."""
     saves = watch(monkeypatch, STAGES[stage], "save_state")
-    start = [] if stage == "teacher" else ["--teacher", lively(home, tmp_path / "teacher")]
     train(home, stage, tmp_path / "out", *f"--steps 5 --save-every 1 --ema 0.8 --clip {clip} --decay-from 0.5".split(),
-          "--lr-final", "5e-4", *start)
+          "--lr-final", "5e-4")
     lines, states = log(tmp_path / "out"), [state(tmp_path / "out", step) for step in range(1, 6)]
     assert [line["lr"] for line in lines] == pytest.approx([1e-3, 1e-3, 1e-3, 8.33333e-4, 5e-4])
     assert not any(p.requires_grad for call in saves for p in call[4].parameters())
