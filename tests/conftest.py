@@ -1,4 +1,4 @@
-"""What the tests share: our files on the path, no GPU but where a test asks for it, the published figures' weights."""
+"""What the tests share: our files on the path, no GPU unless asked for, the published figures' weights."""
 import json
 import os
 import sys

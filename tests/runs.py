@@ -37,19 +37,21 @@ def encode(home, *more):
     """Latents of the images in a folder, by a random encoder."""
     random_encoder.main([f"--out={home}/encoder", *"--width 12 --depth 1 --heads 2 --patch 4".split()])
     encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents",
-                         "--encoder", f"{home}/encoder", *"--image-size 16 --encoder-size 16 --workers 0".split(), *more])
+                         "--encoder", f"{home}/encoder",
+                         *"--image-size 16 --encoder-size 16 --workers 0".split(), *more])
     let_go()
 
 
 def arguments(home, stage, out, *more):
-    """A short run of a stage: 6 steps of 16 rows, with a save at step 3."""
+    """A short run of a stage: 6 steps of 16 rows, with a save at step 3. more: flags, in one text or many."""
+    more = " ".join(map(str, more)).split()
     preset = [] if "--init" in more else ["--preset", "tiny"]
     inputs = {"teacher": ["--latents", f"{home}/latents", *preset, "--time-shift", "3"],
               "cmt": ["--teacher", f"{home}/teacher", "--teacher-steps", "4", "--pairs", "8"],
               "meanflow": ["--latents", f"{home}/latents", "--teacher", f"{home}/teacher",
                            "--init", f"{home}/cmt", "--loss-form", "mean", "--eta", "1", "0.5"]}[stage]
-    return [*inputs, "--out", str(out), *"--steps 6 --batch-size 16 --lr 1e-3 --save-every 3 --log-every 1".split(),
-            *"--keep 9 --precision fp32".split(), *map(str, more)]
+    return [*inputs, "--out", str(out), *"--steps 6 --batch-size 16 --lr 1e-3 --save-every 3".split(),
+            *"--log-every 1 --keep 9 --precision fp32".split(), *more]
 
 
 def train(home, stage, out, *more):

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing wrong in silence: what stages and model.py do when something is damaged, in the way, or ends them."""
+"""Nothing lost, nothing wrong in silence: when something is damaged, in the way, or ends a stage."""
 import errno
 import json
 import os
@@ -8,20 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 from runs import STAGES, arguments, complain, lively, run_on, save_network, train
 
 import model
 import train_teacher
 
-TWO = ["--steps", "2", "--save-every", "1"]
+TWO = "--steps 2 --save-every 1"
 
 
 @pytest.fixture
 def run(home, tmp_path):
     """A teacher's finished run of two steps, with a state of each."""
-    train(home, "teacher", tmp_path / "run", *TWO)
+    train(home, "teacher", tmp_path / "run", TWO)
     return tmp_path / "run"
 
 
@@ -37,29 +36,23 @@ def refuses(words, home, stage, out, *more):
 
 # ---- States ----
 def test_states_that_are_kept(home, run):
-    """Of exact names: a copy under one of one's own is neither taken nor removed, nor does it make others go."""
+    """Of exact names: a copy under one's own is neither taken nor removed, nor does it make others go."""
     mine = {"state_best.safetensors", "state_00000009.safetensors.bak", ".important.tmp"}
     for name in mine:
         shutil.copy(run / "state_00000001.safetensors", run / name)
-    train(home, "teacher", run, "--steps", "7", "--save-every", "1", "--keep", "2", "--keep-every", "3")
+    train(home, "teacher", run, "--steps 7 --save-every 1 --keep 2 --keep-every 3")
     assert list(model.states_of(run)) == [7, 6, 3]
-    train(home, "teacher", run, "--steps", "7", "--keep", "1")                    # killed before it pruned, say
+    train(home, "teacher", run, "--steps 7 --keep 1")                    # killed before it pruned, say
     others = {"state_00000007.safetensors", "log.jsonl", "run.json", ".lock"}
     assert {path.name for path in run.iterdir()} == mine | others
 
 
-@pytest.mark.parametrize("how", ["ema", "net", "cut", "unreadable"])
-def test_a_state_that_cannot_be_read_stops_the_run(home, run, monkeypatch, how):
-    """It is named, nothing is changed, and no older one is taken. Who reads the average alone checks it alone."""
+@pytest.mark.parametrize("how", ["ema", "net", "cut"])
+def test_a_state_that_cannot_be_read_stops_the_run(home, run, how):
+    """It is named, nothing is changed, no older one is taken. Who reads the average alone checks it alone."""
     newest = run / "state_00000002.safetensors"
     content = bytearray(newest.read_bytes())
-    if how == "unreadable":
-        def fail(path, *more, opened=safetensors.safe_open):
-            if Path(path) == newest:
-                raise OSError(errno.EIO, "Input/output error")
-            return opened(path, *more)
-        monkeypatch.setattr(safetensors, "safe_open", fail)
-    elif how == "cut":
+    if how == "cut":
         newest.write_bytes(content[:5000])
     else:
         end = 8 + int.from_bytes(content[:8], "little")
@@ -67,35 +60,31 @@ def test_a_state_that_cannot_be_read_stops_the_run(home, run, monkeypatch, how):
         content[end + places[how]["data_offsets"][0]] ^= 1
         newest.write_bytes(content)
         assert how == "ema" or model.load_network(run)
-    words = "00000002.* is damaged" if how in ("ema", "net") else "cannot read .*00000002"
-    refuses(words, home, "teacher", run, "--steps", "3")
+    words = "cannot read .*00000002" if how == "cut" else "00000002.* is damaged"
+    refuses(words, home, "teacher", run, "--steps 3")
 
 
 def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
     """Written, fsync, renamed, fsync of the folder. A full disk is one line, and leaves nothing."""
-    calls, fsync, replace = [], os.fsync, os.replace
-
-    def watched_fsync(number):
-        calls.append((os.readlink(f"/proc/self/fd/{number}"), os.fstat(number).st_size))
-        fsync(number)
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", lambda a, b: calls.append((str(a), str(b))) or replace(a, b))
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append(os.readlink(f"/proc/self/fd/{number}")))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(f"{a} -> {b}"))
     model.write_atomically(tmp_path / "x", lambda file: file.write(b"content"))
-    (half, size), renamed, (folder, _) = calls
-    assert size == 7 and renamed == (half, f"{tmp_path}/x") and folder == str(tmp_path)
+    half = tmp_path / ".x.tmp"
+    assert calls == [f"{half}", f"{half} -> {tmp_path}/x", f"{tmp_path}"] and half.read_bytes() == b"content"
 
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(model.InputError, match="No space left.*make space"):
         model.write_atomically(tmp_path / "y", full)
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert list(tmp_path.iterdir()) == [half]
 
 
 def test_reading_a_log(tmp_path):
-    """Of a step that was made again the last line; one that was cut is passed over, what follows it at once is not."""
+    """Of a step that was made again the last line; one that was cut is passed over, the next is not."""
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n'
-                                        '{"step": 3, "lo{"step": 2, "loss": 4}\n{"step": 3, "loss": 5}\n{"step": 4, "l')
-    assert [(line["step"], line["loss"]) for line in model.read_log(tmp_path)] == [(1, 3), (2, 4), (3, 5)]
+                                        '{"step": 3, "lo{"step": 2, "loss": 4}\n{"step": 3, "l')
+    assert model.read_log(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 4}]
 
 
 # ---- Other work ----
@@ -106,11 +95,11 @@ def test_a_folder_of_others_is_refused(home, run, tmp_path):
     (tmp_path / "notes" / "notes.txt").write_text("mine")
     for out in ("file", "notes"):
         refuses("something else.*empty or new", home, "teacher", tmp_path / out)
-    refuses("00000002.* holds other work .seed: 0 there, 1 now", home, "teacher", run, *TWO, "--seed", "1")
+    refuses("00000002.* holds other work .seed: 0 there, 1 now", home, "teacher", run, TWO, "--seed 1")
     for path in run.glob("state_*"):
         path.unlink()
-    refuses("holds other work .seed", home, "teacher", run, *TWO, "--seed", "1")
-    refuses("has a log of 2 and no state", home, "teacher", run, *TWO)
+    refuses("holds other work .seed", home, "teacher", run, TWO, "--seed 1")
+    refuses("has a log of 2 and no state", home, "teacher", run, TWO)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -119,19 +108,19 @@ def test_other_inputs_are_refused(home, tmp_path, stage):
     world, guided = Path(shutil.copytree(home, tmp_path / "world")), []
     if stage != "teacher":
         guided = ["--guidance", "2", "--weak-teacher", world / "start"]
-    train(world, stage, world / "run", *TWO, *guided)
-    refuses("time_shift: 3.0 there, 4.0 now", world, stage, world / "run", *TWO, *guided, "--time-shift", "4")
+    train(world, stage, world / "run", TWO, *guided)
+    refuses("time_shift: 3.0 there, 4.0 now", world, stage, world / "run", TWO, *guided, "--time-shift 4")
     if stage != "teacher":
         save_network(world / "start", lively(seed=1), {}, None)
-        refuses("sha256 of weak teacher", world, stage, world / "run", *TWO, *guided)
-        train(world, "teacher", world / "teacher", "--steps", "9", "--init", world / "start")
-        refuses("sha256 of teacher", world, stage, world / "run", *TWO, *guided)
+        refuses("sha256 of weak teacher", world, stage, world / "run", TWO, *guided)
+        train(world, "teacher", world / "teacher", "--steps 9 --init", world / "start")
+        refuses("sha256 of teacher", world, stage, world / "run", TWO, *guided)
     if stage != "cmt":                            # other latents of the same statistics
         shard = world / "latents" / "shard_00000.safetensors"
         parts, about, _ = model.read_tensors(shard)
         parts[""]["latents"] = parts[""]["latents"].flip(0)
         model.write_tensors(shard, parts, about)
-        refuses("sha256 of latents", world, stage, world / "run", *TWO, *guided)
+        refuses("sha256 of latents", world, stage, world / "run", TWO, *guided)
 
 
 def test_a_second_process_is_refused(home, tmp_path):
@@ -176,10 +165,9 @@ def test_signals_of_nohup_are_ignored():
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (OSError(errno.EIO, "Input/output error", "x"), 2, "Input/output error: 'x'"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "--checkpoint-activations"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed"), 2, "another process is lost"),
-    (RuntimeError("shapes cannot be multiplied"), None, "")], ids=range(4))
+    (RuntimeError("shapes cannot be multiplied"), None, "")], ids=range(3))
 def test_errors_are_one_line(monkeypatch, capsys, error, status, words):
     def fail():
         raise error

@@ -30,15 +30,13 @@ def test_mistakes(home, tmp_path, capsys):
 def test_networks_that_do_not_fit(home, tmp_path):
     """Latents and student of different shapes, classes or statistics; statistics of another shape."""
     stats = model.load_network(home / "cmt")[1]["stats"]
-    for words, shift, changes in (("latents", 0, {"in_channels": 16}), ("4 classes", 0, {"num_classes": 4}),
-                                  ("statistics", 0.1, {})):
-        net = model.DiTDH(**{"input_size": 4, "in_channels": 12, "num_classes": 3, **TINY, **changes}, time_difference=True)
+    for words, shift, channels, classes in (("latents", 0, 16, 3), ("4 classes", 0, 12, 4),
+                                            ("statistics", 0.1, 12, 3)):
+        net = model.DiTDH(4, channels, **TINY, num_classes=classes, time_difference=True)
         save_network(tmp_path / "other", net, {"time_shift": 3.0}, {**stats, "mean": stats["mean"] + shift})
         with pytest.raises(model.InputError, match=words):
             train(home, "meanflow", tmp_path / "out", "--init", tmp_path / "other")
-    for var, words in ((torch.ones(12, 8, 8), r"\(12, 8, 8\), needed are \(12, 4, 4\)"),
-                       (-torch.ones(12, 4, 4), "no variance below 0")):
-        model.write_tensors(tmp_path / "stats.safetensors", {"": {"mean": torch.zeros_like(var), "var": var}})
-        with pytest.raises(model.InputError, match=words):
-            train(home, "teacher", tmp_path / "out", "--stats", tmp_path / "stats.safetensors")
+    model.write_tensors(tmp_path / "stats.safetensors", {"": {"var": torch.ones(12, 8, 8)}})
+    with pytest.raises(model.InputError, match=r"\(12, 8, 8\), needed are \(12, 4, 4\)"):
+        train(home, "teacher", tmp_path / "out", "--stats", tmp_path / "stats.safetensors")
     assert not (tmp_path / "out").exists()

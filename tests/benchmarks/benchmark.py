@@ -110,25 +110,19 @@ def jpeg(image, quality):
 
 
 def degradations(data, kind, px=32):
-    """One half of the images is the reference, with which the other is compared as it is, degraded, and in parts of N images."""
+    """One half of the images is the reference, with which the other is compared: as it is, in thousands, degraded."""
     device, *_ = launch()
     images = Images(data, px)
     _, embed, _ = load_features(SimpleNamespace(features=kind, inception=None), px, device)
-    first, second = (images.read(list(half))[0].permute(0, 2, 3, 1).numpy()
-                     for half in np.array_split(np.random.default_rng(0).permutation(len(images)), [len(images) // 2]))
-    kernel = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    kernel -= kernel.mean((1, 2, 3), keepdim=True)
-
-    def filters(x):
-        return torch.nn.functional.conv2d(x.float() / 255, kernel).abs().mean((2, 3))
+    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
+    first, second = (images.read(list(half))[0].permute(0, 2, 3, 1).numpy() for half in halves)
 
     @torch.no_grad()
     def features(x):
         batches = torch.from_numpy(x).permute(0, 3, 1, 2).split(250)
-        return [torch.cat([f(batch.to(device)).cpu() for batch in batches]) for f in (embed, filters)]
-    reference, as_is = features(first), features(second)
-    targets = [moments(x) for x in reference]
-    noise = np.random.default_rng(1).standard_normal(second.shape, np.float32)
+        return torch.cat([embed(batch.to(device)).cpu() for batch in batches])
+    reference, noise = features(first), np.random.default_rng(1).standard_normal(second.shape, np.float32)
+    target = moments(reference)
     series = [("none (the other half)", [""], lambda s: second),
               ("Gaussian blur, radius in pixels", (0.4, 0.6, 1, 2),
                lambda s: np.stack([np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(s))) for x in second])),
@@ -137,17 +131,14 @@ def degradations(data, kind, px=32):
               ("JPEG, quality", (90, 70, 50, 30, 10), lambda s: np.stack([jpeg(x, s) for x in second]))]
 
     def lines():
+        for part in features(second).split(1000)[:10]:
+            yield "none", f"{len(part)} images", f"{frechet_distance(*moments(part), *target):.5f}"
         for name, strengths, degrade in series:
             for strength in strengths:
                 x = features(degrade(strength))
-                distance, of_filters = (frechet_distance(*moments(a), *target) for a, target in zip(x, targets, strict=True))
-                precision, recall = precision_recall(reference[0][:5000], x[0][:5000])
-                yield name, strength, f"{distance:.5f}", f"{precision:.3f}", f"{recall:.3f}", f"{of_filters:.5f}"
-    rows(("degradation", "strength", "Frechet distance", "precision", "recall", "Frechet distance, random filters"), lines())
-    parts = {n: [x for x in as_is[0].split(n)[:20] if len(x) == n] for n in (100, 200, 500, 1000, 2000, 5000, 10_000)}
-    distances = {n: torch.tensor([frechet_distance(*moments(x), *targets[0]) for x in found]) for n, found in parts.items() if found}
-    rows(("N", "parts", "mean distance of a part", "standard deviation between parts"),
-         ((n, len(d), f"{d.mean():.5f}", f"{d.std():.5f}" if len(d) > 1 else "") for n, d in distances.items()))
+                precision, recall = precision_recall(reference[:5000], x[:5000])
+                yield name, strength, f"{frechet_distance(*moments(x), *target):.5f}", f"{precision:.3f}", f"{recall:.3f}"
+    rows(("degradation", "strength", "Frechet distance", "precision", "recall"), lines())
 
 
 COMMANDS = {"--fit": fit, "--xl": xl, "--degradations": degradations}
