@@ -42,7 +42,7 @@ def test_states_that_are_kept(home, run):
         shutil.copy(run / "state_00000001.safetensors", run / name)
     train(home, "teacher", run, "--steps 7 --save-every 1 --keep 2 --keep-every 3")
     assert list(model.states_of(run)) == [7, 6, 3]
-    train(home, "teacher", run, "--steps 7 --keep 1")                    # killed before it pruned, say
+    train(home, "teacher", run, "--steps 7 --keep 1")         # killed before it pruned, say
     others = {"state_00000007.safetensors", "log.jsonl", "run.json", ".lock"}
     assert {path.name for path in run.iterdir()} == mine | others
 
@@ -107,20 +107,23 @@ def test_other_inputs_are_refused(home, tmp_path, stage):
     """They are known by what they hold, not by where they lie."""
     world, guided = Path(shutil.copytree(home, tmp_path / "world")), []
     if stage != "teacher":
-        guided = ["--guidance", "2", "--weak-teacher", world / "start"]
+        guided = ["--guidance 2 --weak-teacher", world / "start"]
     train(world, stage, world / "run", TWO, *guided)
-    refuses("time_shift: 3.0 there, 4.0 now", world, stage, world / "run", TWO, *guided, "--time-shift 4")
+
+    def refused(words, *more):
+        refuses(words, world, stage, world / "run", TWO, *guided, *more)
+    refused("time_shift: 3.0 there, 4.0 now", "--time-shift 4")
     if stage != "teacher":
         save_network(world / "start", lively(seed=1), {}, None)
-        refuses("sha256 of weak teacher", world, stage, world / "run", TWO, *guided)
+        refused("sha256 of weak teacher")
         train(world, "teacher", world / "teacher", "--steps 9 --init", world / "start")
-        refuses("sha256 of teacher", world, stage, world / "run", TWO, *guided)
+        refused("sha256 of teacher")
     if stage != "cmt":                            # other latents of the same statistics
         shard = world / "latents" / "shard_00000.safetensors"
         parts, about, _ = model.read_tensors(shard)
         parts[""]["latents"] = parts[""]["latents"].flip(0)
         model.write_tensors(shard, parts, about)
-        refuses("sha256 of latents", world, stage, world / "run", TWO, *guided)
+        refused("sha256 of latents")
 
 
 def test_a_second_process_is_refused(home, tmp_path):

@@ -4,7 +4,7 @@
     python tests/benchmarks/mutations.py --only train_cmt.py
     python tests/benchmarks/mutations.py --list           # only see that each old text is there exactly once
 
-Swapped times, seeds used twice, flags ignored, checks dropped, going on that loses something. A test that hangs has noticed.
+A test that hangs has noticed.
 """
 import argparse
 import os

@@ -46,7 +46,6 @@ add("--rows", type=int, default=64, help="of a step (default %(default)s)")
 add("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
 add("--repeats", type=int, default=6, help="calls that count (default %(default)s)")
 add("--backend", default="inductor", help="of torch.compile, or none (default %(default)s)")
-add("--parts", nargs="+", default=[""], help="whose names begin so")
 add("--out", type=Path, default=os.environ.get("OUT", "."), help="folder (default: $OUT, or here)")
 add("--budget", type=float, default=400, help="seconds, on a GPU (default %(default)g)")
 args, BEGUN, F = parser.parse_args(), time.time(), {}
@@ -86,14 +85,13 @@ def run_parts():
         signal.signal(signal.SIGALRM, spent)
         signal.alarm(int(args.budget))
     for name, function in PARTS.items():
-        if any(name.startswith(p) for p in args.parts):
-            try:
-                for line in function():
-                    write(part=name, **line)
-            except Exception as error:
-                write(part=name, error=f"{type(error).__name__}: {str(error)[:1000]}")
-            gc.collect()
-            torch.cuda.empty_cache()
+        try:
+            for line in function():
+                write(part=name, **line)
+        except Exception as error:
+            write(part=name, error=f"{type(error).__name__}: {str(error)[:1000]}")
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def timed(function, repeats=None):
@@ -124,8 +122,8 @@ def timed(function, repeats=None):
     return {name: round(x, 3) for name, x in line.items()}
 
 
-def measure(function, step, form, rows, repeats=None, **more):
-    line = {"step": step, "form": form, "rows": rows, **more, **timed(function, repeats)}
+def measure(function, step, form, rows=ROWS, repeats=None):
+    line = {"step": step, "form": form, "rows": rows, **timed(function, repeats)}
     if step in FLOOR:
         line["utilization"] = round(FLOOR[step] * rows * pass_flops() / (1e-3 * line["ms"]) / peak_flops(), 4)
     if (step, form) == ("F", "compiled"):
@@ -195,8 +193,8 @@ def autocast(precision=args.precision):
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def forward(net, rows):
-    z_0, _, t, y, s = data(rows)
+def forward(net):
+    z_0, _, t, y, s = data(ROWS)
 
     @torch.no_grad()
     def run():
@@ -205,9 +203,9 @@ def forward(net, rows):
     return run
 
 
-def step(loss, net, rows, micro=None, precision=args.precision):
+def step(loss, net, micro=ROWS, precision=args.precision):
     """Loss and backward, loss(z_0, eps, t, y, s) -> tensor or (tensor, numbers)."""
-    batches = [[x[i:i + (micro or rows)] for x in data(rows)] for i in range(0, rows, micro or rows)]
+    batches = list(zip(*(x.split(micro) for x in data(ROWS)), strict=True))
 
     def run(keep=False):
         for batch in batches:
@@ -219,10 +217,9 @@ def step(loss, net, rows, micro=None, precision=args.precision):
     return run
 
 
-def meanflow(h, v, rows, eta=1.0, derivative="jvp"):
-    def loss(z_0, eps, t, y, s):
-        return meanflow_loss(h, v, z_0, eps, t, y, s, eta, derivative, rows=slice(None, None, 4), h_fixed=h, jvp=model.jvp_by_parts)
-    return step(loss, h, rows)
+def meanflow(h, v, eta=1.0, derivative="jvp"):
+    more = dict(eta=eta, derivative=derivative, rows=slice(None, None, 4), jvp=model.jvp_by_parts)
+    return step(lambda *x: meanflow_loss(h, v, *x, **more), h)
 
 
 # ---- The parts ----
@@ -234,10 +231,9 @@ def about():
 def main_steps(form, get):
     def part():
         h, v, u = (get(kind) for kind in ("student", "teacher", "teacher, trained"))
-        yield measure(forward(h, ROWS), "F", form, ROWS)
-        flow_matching = step(lambda z, eps, t, y, s: flow_matching_loss(u, z, eps, t, y), u, ROWS)
-        yield measure(flow_matching, "flow matching", form, ROWS)
-        yield measure(meanflow(h, v, ROWS), "MFD, exact", form, ROWS)
+        yield measure(forward(h), "F", form)
+        yield measure(step(lambda *x: flow_matching_loss(u, *x[:4]), u), "flow matching", form)
+        yield measure(meanflow(h, v), "MFD, exact", form)
     return part
 
 
@@ -246,7 +242,7 @@ def whole_step():
     weights = [p for p in h.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights]
     optimizer = torch.optim.AdamW(weights, lr=1e-9, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    loss_and_backward = meanflow(h, v, ROWS)
+    loss_and_backward = meanflow(h, v)
 
     def whole():
         loss_and_backward(keep=True)
@@ -255,34 +251,34 @@ def whole_step():
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(average, weights, 1e-4)
-    yield measure(whole, "MFD, exact, with clip, AdamW, average", "compiled", ROWS)
+    yield measure(whole, "MFD, exact, with clip, AdamW, average", "compiled")
 
 
 def published():
     """Eager: in bf16, where its finite differences are noise, and in its own float32 with TF32. In two micro-batches."""
     h, v = network("student"), network("teacher")
-    run = functools.partial(step, lambda *x: meanflow_as_published(h, v, *x), h, ROWS, ROWS // 2)
     for precision in ("bf16", "fp32") if CUDA or TINY else (args.precision,):
         torch.set_float32_matmul_precision("high" if precision == "fp32" else "highest")
-        yield measure(run(precision), "MFD, as published", f"eager, {precision}", ROWS, REPEATS // 2 or 1)
+        run = step(lambda *x: meanflow_as_published(h, v, *x), h, ROWS // 2, precision)
+        yield measure(run, "MFD, as published", f"eager, {precision}", repeats=REPEATS // 2 or 1)
     torch.set_float32_matmul_precision("highest")
 
 
 def others():
     h, v = compiled("student"), compiled("teacher")
-    yield measure(meanflow(h, v, ROWS, eta=0.0), "MFT, exact", "compiled", ROWS)
-    cmt = step(lambda z_0, eps, t, y, s: consistency_loss(h, eps, z_0, t, y, t / 2), h, ROWS)
-    yield measure(cmt, "CMT, student", "compiled", ROWS)
+    yield measure(meanflow(h, v, eta=0.0), "MFT, exact", "compiled")
+    cmt = step(lambda z_0, eps, t, y, s: consistency_loss(h, eps, z_0, t, y, t / 2), h)
+    yield measure(cmt, "CMT, student", "compiled")
     _, z, _, y, _ = data(ROWS)
 
     @torch.no_grad()
     def trajectories():
         with autocast():
             solve_ode(v, z, y, ode_times(16, 6.93))
-    line = measure(trajectories, f"CMT, {ROWS} trajectories of 16 steps", "compiled", ROWS, 2)
+    line = measure(trajectories, f"CMT, {ROWS} trajectories of 16 steps", "compiled", repeats=2)
     yield line | {"share_of_a_step_ms": line["ms"] / 64}      # a trajectory serves 64 pairs
     for eta, name in ((1.0, "MFD"), (0.0, "MFT")):
-        yield measure(meanflow(h, v, ROWS, eta, "fd"), f"{name}, finite differences", "compiled", ROWS, 3)
+        yield measure(meanflow(h, v, eta, "fd"), f"{name}, finite differences", "compiled", repeats=3)
 
 
 def sampling():
@@ -290,7 +286,6 @@ def sampling():
         decode = lively(ViTDecoder(GRID, CHANNELS, **DECODER_PRESETS["ViT-mini" if TINY else "ViT-XL"])).eval()
     flops = flops_of(decode, torch.zeros(1, CHANNELS, GRID, GRID, device=DEVICE))
     stats = {name: torch.ones(CHANNELS, GRID, GRID, device=DEVICE) for name in ("mean", "var")}
-
     rows = 128 if CUDA and not TINY else 2
 
     def line_of(form, nfe):
