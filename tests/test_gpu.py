@@ -65,7 +65,7 @@ def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
 
 
 def nothing_waits(home, monkeypatch):
-    """Torch raises where a step would synchronize; the log, once in three steps, may. Not run on a GPU yet."""
+    """Torch raises where a step would synchronize; the log, each third step, may. Not run on a GPU yet."""
     def writing(*args, write=Log.write):
         torch.cuda.set_sync_debug_mode("default")
         write(*args)

@@ -62,7 +62,8 @@ def test_stopped_and_gone_on_is_bit_identical(home, tmp_path, stage):
 
 def test_killed_and_repeated():
     """A selection of kill points, in a process of its own, which has one thread and can be forked."""
-    scripts = [f"train_{stage}.py" for stage in STAGES] + ["encode_latents.py", "sample.py", "eval_fid.py --out"]
+    scripts = [f"train_{stage}.py" for stage in STAGES]
+    scripts += ["encode_latents.py", "sample.py", "eval_fid.py --out"]
     argv = [sys.executable, ROOT / "tests/benchmarks/kill_points.py", "--quick", "19", "--scripts", *scripts]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("`") == 2 * len(scripts), done.stdout + done.stderr

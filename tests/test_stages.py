@@ -23,9 +23,12 @@ def test_what_the_teacher_trains_on(home, tmp_path, monkeypatch):
     calls = watch(monkeypatch, train_teacher, "flow_matching_loss")
     train(home, "teacher", tmp_path, "--steps 1 --batch-size 2048 --micro-batch 2048")
     (_, z_0, eps, t, y, _), = calls
-    assert t.mean() == pytest.approx(0.676, abs=0.02) and 0 <= t.min() and t.max() <= 1
-    assert abs(eps.std() - 1) < 0.02 and is_normalized(z_0)
-    assert 0.07 < (y == 3).float().mean() < 0.13 and y.unique().tolist() == [0, 1, 2, 3]
+    assert t.mean() == pytest.approx(0.676, abs=0.02)
+    assert 0 <= t.min() and t.max() <= 1
+    assert abs(eps.std() - 1) < 0.02
+    assert is_normalized(z_0)
+    assert 0.07 < (y == 3).float().mean() < 0.13
+    assert y.unique().tolist() == [0, 1, 2, 3]
 
 
 def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
@@ -36,13 +39,17 @@ def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
           "--derivative fd --delta-t 0.02 --loss-form published --loss-power 0.25 --loss-eps 7")
     assert len(calls) == 6
     for i, (_, _, _, eps, t, y, s, eta, *flags, more) in enumerate(calls):
-        assert flags == ["fd", 0.02, "published", 0.25, 7] and more["rows"] == slice(None, None, 4)
-        assert eta == pytest.approx(1 - 0.25 * (i // 2))                          # 1 to 0.5 over three steps
-        assert (s[::4] < t[::4]).all() and all(torch.equal(s[k::4], t[k::4]) for k in (1, 2, 3))
-        assert t.mean() == pytest.approx(0.90, abs=0.02) and s[::4].mean() < 0.8  # METHOD: mean t 0.90
-        assert 0.06 < (y == 3).float().mean() < 0.14 and y.unique().tolist() == [0, 1, 2, 3]
+        assert flags == ["fd", 0.02, "published", 0.25, 7]
+        assert more["rows"] == slice(None, None, 4)
+        assert eta == pytest.approx(1 - 0.25 * (i // 2))      # 1 to 0.5 over three steps
+        assert (s[::4] < t[::4]).all()
+        assert all(torch.equal(s[k::4], t[k::4]) for k in (1, 2, 3))
+        assert t.mean() == pytest.approx(0.90, abs=0.02)      # METHOD: mean t 0.90
+        assert s[::4].mean() < 0.8
+        assert 0.06 < (y == 3).float().mean() < 0.14
         assert eps.mean().abs() < 0.02 and abs(eps.std() - 1) < 0.02
-    assert is_normalized(torch.cat([calls[0][2], calls[1][2]])) and not torch.equal(calls[0][3], calls[2][3])
+    assert is_normalized(torch.cat([calls[0][2], calls[1][2]]))
+    assert not torch.equal(calls[0][3], calls[2][3])
 
 
 def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
@@ -54,22 +61,25 @@ def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
     train(home, "cmt", tmp_path, "--steps 9 --batch-size 256 --micro-batch 256 --teacher-steps 5",
           "--time-shift 2.5 --label-dropout 0.4")
     points, labels, times = pools[0].points, pools[0].y, torch.tensor(model.ode_times(5, 2.5))
-    assert torch.equal(pools[0].times, times) and len(times) == 6 and times[-1] == 0
+    assert torch.equal(pools[0].times, times)
+    assert len(times) == 6 and times[-1] == 0
     with torch.no_grad():                         # Euler's step by hand, with the pool's labels
         step = points[:, 3] - (times[3] - times[4]) * teacher(points[:, 3], times[3].repeat(256), labels)
     assert torch.allclose(step, points[:, 4], atol=1e-5)
-    assert len(points[:, 0].unique(dim=0)) == 256 and pools[0].era == 1    # each trajectory another noise
+    assert len(points[:, 0].unique(dim=0)) == 256             # each trajectory another noise
+    assert pools[0].era == 1
     t, y, s = (torch.cat([call[k] for call in calls]) for k in (3, 4, 5))
     every = {(a, b) for a in times.tolist() for b in times.tolist() if a > b}
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == every
-    assert 0.3 < (y == 3).float().mean() < 0.5 and len(y.unique()) == 4    # 3 is 'no label'; 512 trajectories
+    assert 0.3 < (y == 3).float().mean() < 0.5                # 3 is 'no label'; 512 trajectories
+    assert len(y.unique()) == 4
     drawn = set()
     for row, (z_t, z_s, t, y, s) in enumerate(zip(*calls[-1][1:6], strict=True)):
         found = (points[:, times == t] == z_t) & (points[:, times == s] == z_s)
         k, = (found.flatten(1).all(1) & (labels == y)).nonzero().flatten().tolist()
         assert k // 8 == row // 8
         drawn.add(k)
-    assert len(drawn) > 100                       # of a group several
+    assert len(drawn) > 100   # of a group several
 
 
 def test_keys_of_random_numbers_are_used_once(home, tmp_path, monkeypatch):
@@ -141,7 +151,8 @@ def test_a_step_replayed(home, tmp_path, monkeypatch, stage, clip):
         (net, ema, m, v), (net_after, ema_after, m_after, _) = flat(states[step - 1]), flat(states[step])
         p, norm = net.clone().requires_grad_(), lines[step]["grad_norm"]
         p.grad = (m_after - 0.9 * m) / 0.1
-        assert p.grad.norm().item() == pytest.approx(min(clip or norm, norm), rel=1e-4) and norm > 0.02
+        assert p.grad.norm().item() == pytest.approx(min(clip or norm, norm), rel=1e-4)
+        assert norm > 0.02
         optimizer = torch.optim.AdamW([p], lr=lines[step]["lr"], betas=(0.9, 0.95), weight_decay=0.0)
         optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": m, "exp_avg_sq": v}
         optimizer.step()
@@ -166,4 +177,4 @@ def test_the_gradients_norm_in_the_log(home, tmp_path, monkeypatch, last, mean, 
         assert "not finite" in str(error)
     line = log(tmp_path)[-1]
     assert (line["grad_norm"], line["grad_norm_max"], len(model.states_of(tmp_path))) == (mean, 6, kept)
-    assert line["rms_x"] == pytest.approx(7 ** 0.5, rel=1e-5)                     # of 8, 7 and 6
+    assert line["rms_x"] == pytest.approx(7 ** 0.5, rel=1e-5)     # of 8, 7 and 6
