@@ -189,16 +189,15 @@ def test_defaults_are_those_of_the_flags():
 @pytest.mark.parametrize("derivative", ["fd", "jvp"])
 def test_precision_of_the_derivative(derivative):
     """Finite differences run in true float32 whatever is set around them, the exact derivative in what is."""
-    seen, (z_0, eps), t = [], torch.randn(2, 4, *SHAPE), torch.full((4,), 0.8)
+    seen, z, t = [], torch.randn(4, *SHAPE), torch.full((4,), 0.8)
 
-    def h_fixed(z, t, y, s):
+    def h(z, t, y, s):
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
         return z * per_row(t, z)
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            meanflow_loss(lambda z, *_: z, lambda z, *_: z, z_0, eps, t, torch.zeros(4), t / 2,
-                          derivative=derivative, h_fixed=h_fixed)
+            meanflow.transport_derivative(h, z, t, torch.zeros(4), t / 2, z, derivative, h_t=z)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

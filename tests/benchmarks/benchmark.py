@@ -57,7 +57,7 @@ def activations(preset, px, checkpointed):
 
 
 def fit():
-    """With 8% of a card and 1.5 GB left. A trained parameter takes 22 bytes (autocast's bf16 copy is one), the teacher's 4."""
+    """With 8% of a card and 1.5 GB left. A trained parameter takes 22 bytes (one is autocast's), the teacher's 4."""
     cards, lines = (24, 48, 80, 141), []
     for px, preset in ((px, preset) for px in (256, 512) for preset in ("DiTDH-S", "DiTDH-B", "DiTDH-XL")):
         with torch.device("meta"):
@@ -77,7 +77,7 @@ def fit():
     rows(("px", "preset", "stage", "checkpointed", "GB without rows", "GB a row", *(f"{card} GB" for card in cards)), lines)
 
 
-# ---- Sampling at the paper's size ----
+# ---- Sampling, XL ----
 def xl():
     with tempfile.TemporaryDirectory() as folder:
         home, net = Path(folder), student("DiTDH-XL", 256)

@@ -1,7 +1,7 @@
 """Every script, killed at every call that changes the disk, then repeated: docs/RELIABILITY.md's table.
 
-    python tests/benchmarks/kill_points.py                              # all; prints Markdown
-    python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20                    # one case in 20
+    python tests/benchmarks/kill_points.py                      # all; prints Markdown
+    python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20        # one case in 20
 
 Such a call makes a folder, opens a file to be written, flushes (fsync), renames or removes. For each:
 
@@ -183,7 +183,7 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--quick", type=int, default=1)
     args = parser.parse_args()
-    # All is imported by now, also what transformers imports when asked, and no thread started: a process can be forked.
+    # All is imported, also what transformers imports when asked, and no thread started: a process can be forked.
     torch.set_num_threads(1)
     PIL.Image.init()
     assert transformers.Dinov2WithRegistersModel and transformers.AutoModel
