@@ -702,7 +702,7 @@ def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
 
 # What may change when a run goes on; and paths of inputs, which are known by what lies there.
 FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_activations workers log_every "
-           "save_every keep keep_every out latents data_path teacher weak_teacher stats".split())
+           "save_every keep keep_every out latents data_path teacher weak_teacher init stats".split())
 
 
 def refuse_other(where, before, now, free=()):
@@ -1082,7 +1082,10 @@ def begin_run(about, net, average, optimizer):
             parts, *_ = read_tensors(path, only=(part,))
             for name, x in tensors.items():
                 x.copy_(parts[part][name])
-        seconds, steps = before["seconds"], before["settings"]["steps"]
+        seconds, steps, init = before["seconds"], before["settings"]["steps"], before["settings"].get("init")
+        if init != settings.get("init"):
+            say(f"--init is not read any more: the run began from {init}")
+            settings["init"] = init
         if steps != settings["steps"] and settings["lr"] != settings.get("lr_final"):
             say(f"--steps was {steps:,}: the learning rate now falls over {settings['steps']:,}")
     if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:

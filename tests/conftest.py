@@ -1,12 +1,11 @@
-"""What the tests share: our files on the path, no GPU but where a test asks for it, and the published figures' weights."""
+"""What the tests share: our files on the path, no GPU unless asked for, the published figures' weights."""
 import json
 import os
-import signal
 import sys
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # spinning threads take the core from each other on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # spinning threads take the core from each other
 
 import numpy  # noqa: E402
 import pytest  # noqa: E402
@@ -30,9 +29,8 @@ def gpu(monkeypatch):
     if not GPU:
         pytest.skip("no GPU here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    if VISIBLE is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    else:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if VISIBLE is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
     return torch.device("cuda")
 
@@ -57,21 +55,8 @@ def fill(net, prefix):
             u = u * (3 / parameter[0].numel()) ** 0.5
         else:
             u = 0.1 * u
-        with torch.no_grad():
-            parameter.copy_(u.float())
+        parameter.data.copy_(u.float())
     return net.double()
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """As in a shell, whatever started the tests (nohup, `&`); a stage that ran in one catches no more after it."""
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = [(number, signal.getsignal(number)) for number in caught]
-    for number in caught:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -83,23 +68,23 @@ def figures():
 def published(figures):
     """Teacher and student of the published figures, and their inputs."""
     from model import DiTDH
-    c = figures["config"]
-    sizes = {k: c[k] for k in ("input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")}
-    teacher = fill(DiTDH(**sizes), "teacher")
-    student = fill(DiTDH(**sizes, time_difference=True), "student")
+    names = ("input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    sizes = {name: figures["config"][name] for name in names}
     z, eps = (3 ** 0.5 * uniform(name, (4, 8, 4, 4)) for name in ("z", "eps"))
-    t, s, y = (torch.tensor(figures["inputs"][name], dtype=dtype) for name, dtype in
-               (("t", torch.double), ("r", torch.double), ("y", torch.long)))
-    return dict(teacher=teacher, student=student, z=z, eps=eps, t=t, s=s, y=y)
+    t, s = (torch.tensor(figures["inputs"][name], dtype=torch.double) for name in ("t", "r"))
+    teacher, student = DiTDH(**sizes), DiTDH(**sizes, time_difference=True)
+    return dict(teacher=fill(teacher, "teacher"), student=fill(student, "student"),
+                z=z, eps=eps, t=t, s=s, y=torch.tensor(figures["inputs"]["y"]))
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """Images, latents, a teacher and a CMT student, each made by its own script."""
-    from runs import encode, random_images, train
+    from runs import encode, lively, random_images, save_network, train
     home = tmp_path_factory.mktemp("home")
     random_images(home / "images")
     encode(home)
-    train(home, "teacher", f"{home}/teacher", "--steps", "8")
+    save_network(home / "start", lively(), {}, None)
+    train(home, "teacher", f"{home}/teacher", "--steps", "8", "--init", f"{home}/start")
     train(home, "cmt", f"{home}/cmt")
     return home

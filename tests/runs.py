@@ -24,32 +24,34 @@ TINY = dict(hidden_size=(32, 48), depth=(2, 1), num_heads=(2, 2))
 model.DIT_PRESETS["tiny"] = TINY
 
 
+# ---- Making things ----
 def random_images(folder, classes=3, each=12):
-    g = numpy.random.default_rng(0)
+    pixels = numpy.random.default_rng(0).integers(0, 256, (classes, each, 16, 16, 3), dtype=numpy.uint8)
     for k in range(classes):
         (folder / f"class{k}").mkdir(parents=True)
         for i in range(each):
-            Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=numpy.uint8)).save(folder / f"class{k}" / f"{i:03d}.png")
+            Image.fromarray(pixels[k, i]).save(folder / f"class{k}" / f"{i:03d}.png")
 
 
-def encode(home, seed=0):
+def encode(home, *more):
     """Latents of the images in a folder, by a random encoder."""
-    encoder = f"{home}/encoder{seed or ''}"
-    random_encoder.main(["--out", encoder, *f"--width 12 --depth 1 --heads 2 --patch 4 --seed {seed}".split()])
-    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents", "--encoder", encoder,
-                         *"--image-size 16 --encoder-size 16 --workers 0".split()])
+    random_encoder.main([f"--out={home}/encoder", *"--width 12 --depth 1 --heads 2 --patch 4".split()])
+    encode_latents.main(["--data-path", f"{home}/images", "--out", f"{home}/latents",
+                         "--encoder", f"{home}/encoder",
+                         *"--image-size 16 --encoder-size 16 --workers 0".split(), *more])
     let_go()
 
 
 def arguments(home, stage, out, *more):
-    """A short run of a stage: 6 steps of 16 rows, with a save at step 3."""
+    """A short run of a stage: 6 steps of 16 rows, with a save at step 3. more: flags, in one text or many."""
+    more = " ".join(map(str, more)).split()
     preset = [] if "--init" in more else ["--preset", "tiny"]
     inputs = {"teacher": ["--latents", f"{home}/latents", *preset, "--time-shift", "3"],
               "cmt": ["--teacher", f"{home}/teacher", "--teacher-steps", "4", "--pairs", "8"],
-              "meanflow": ["--latents", f"{home}/latents", "--teacher", f"{home}/teacher", "--init", f"{home}/cmt",
-                           "--loss-form", "mean", "--eta", "1", "0.5"]}[stage]
-    return [*inputs, "--out", str(out), "--steps", "6", "--batch-size", "16", "--lr", "1e-3", "--save-every", "3", "--log-every", "1",
-            "--keep", "9", "--precision", "fp32", *map(str, more)]
+              "meanflow": ["--latents", f"{home}/latents", "--teacher", f"{home}/teacher",
+                           "--init", f"{home}/cmt", "--loss-form", "mean", "--eta", "1", "0.5"]}[stage]
+    return [*inputs, "--out", str(out), *"--steps 6 --batch-size 16 --lr 1e-3 --save-every 3".split(),
+            *"--log-every 1 --keep 9 --precision fp32".split(), *more]
 
 
 def train(home, stage, out, *more):
@@ -65,19 +67,31 @@ def let_go():
         model.LOCKS.pop().close()
 
 
+def save_network(folder, net, about, stats):
+    """A network to sample from, as sanity/export.py writes it."""
+    stats = {"stats": stats} if stats else {}
+    model.write_tensors(Path(folder) / "model.safetensors", {"": net.state_dict(), **stats}, about)
+
+
+def lively(seed=0):
+    """A teacher of random weights, none of them zero, so that times and labels matter."""
+    torch.manual_seed(seed)
+    net = model.DiTDH(4, 12, **TINY, num_classes=3)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net
+
+
+def save_decoder(home, out):
+    net = model.ViTDecoder(4, 12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
+    save_network(out, net, {"kind": "decoder", "num_heads": 2}, model.load_stats(home / "latents"))
+
+
+# ---- Looking at them ----
 def state(folder, step=None):
     """{part: {name: tensor}} of a run's state, the newest one by default."""
     states = model.states_of(folder)
     return model.read_tensors(states[step] if step else next(iter(states.values())))[0]
-
-
-def weights(folder, step=None):
-    """What is sampled from."""
-    return state(folder, step)["ema"]
-
-
-def about(folder):
-    return model.read_tensors(next(iter(model.states_of(folder).values())), only=())[1]
 
 
 def log(folder):
@@ -85,21 +99,24 @@ def log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-def save_network(folder, net, about, stats):
-    """A network to sample from, as sanity/export.py writes it."""
-    stats = {} if stats is None else {"stats": stats}
-    model.write_tensors(Path(folder) / "model.safetensors", {"": net.state_dict(), **stats}, about)
+def watch(monkeypatch, module, name):
+    """The arguments that a script gives to a function that it uses, call by call."""
+    function, calls = getattr(module, name), []
+
+    def watching(*args, **more):
+        calls.append([*args, more])
+        return function(*args, **more)
+    monkeypatch.setattr(module, name, watching)
+    return calls
 
 
+# ---- Processes ----
 def process(rank, world, port, argv, main):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     main(argv)
     torch.distributed.destroy_process_group()
-    if Path("/proc").exists():                    # a Gloo thread that is still there at the interpreter's end may abort the process
-        threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
-        assert not any("gloo" in name for name in threads), threads
 
 
 def run_on(world, main, argv):
@@ -110,47 +127,13 @@ def run_on(world, main, argv):
     torch.multiprocessing.spawn(process, (world, port, argv, main), nprocs=world)
 
 
-def train_on(world, home, stage, out, *more):
-    run_on(world, STAGES[stage].main, arguments(home, stage, out, *more))
-
-
-def close(a, b, tolerance):
-    difference = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a) ** 0.5
-    return difference <= tolerance * sum(float(v.double().square().sum()) for v in a.values()) ** 0.5
-
-
-def lively(home, folder, seed=0):
-    """The teacher with random numbers added to its weights: after a few steps from zero, labels hardly change what it says."""
-    teacher, about = model.load_network(home / "teacher")
-    for p in teacher.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + seed))
-    kept = {name: about[name] for name in ("kind", "time_shift", "classes")}
-    save_network(folder, teacher, kept, about["stats"])
-    return folder
-
-
-def save_decoder(home, out):
-    sizes = dict(input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=2, mlp_size=64, patch_size=4)
-    save_network(out, model.ViTDecoder(**sizes), {"kind": "decoder", "num_heads": 2}, model.load_stats(home / "latents"))
-
-
-def watch(monkeypatch, module, name):
-    """The arguments that a script gives to a function that it uses, call by call."""
-    loss, calls = getattr(module, name), []
-
-    def watching(*args, **more):
-        calls.append([*args, more])
-        return loss(*args, **more)
-    monkeypatch.setattr(module, name, watching)
-    return calls
-
-
-def complain(script, *argv, status=2):
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"{script}: error: "), done.stderr
-    return last
+# ---- Mistakes ----
+def complain(script, *argv):
+    """The one line of a script that ends with status 2."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True)
+    said = done.stderr.strip()
+    assert done.returncode == 2 and "\n" not in said and said.startswith(f"{script}: error: "), done.stderr
+    return said
 
 
 def refused(script, argv, capsys):

@@ -1,35 +1,27 @@
 """Numbers of docs/ that are no steps.
 
-    python tests/benchmarks/benchmark.py --table        # parameters and multiply-adds of every preset, on the meta device
     python tests/benchmarks/benchmark.py --fit          # the largest micro-batch for cards, presets and stages, computed
-    python tests/benchmarks/benchmark.py --metrics      # eval_fid.py's of 50,000 x 2048 features: minutes on a CPU
-    python tests/benchmarks/benchmark.py --reader       # the latents' reader from the page cache; writes 0.8 GB
     python tests/benchmarks/benchmark.py --xl           # DiTDH-XL through sample.py, random weights: 6 GB of disk
     python tests/benchmarks/benchmark.py --degradations data/cifar10_train.zip encoder:runs/latents48
-
-GMAC: billions of multiply-adds of one image, once with the attention's two products of scores and values, once, as the paper
-counts, without.
 """
 import io
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from encode_latents import Images, Latents, batches_of, read_ahead  # noqa: E402
+from encode_latents import Images  # noqa: E402
 from eval_fid import Moments, frechet_distance, load_features, precision_recall  # noqa: E402
 from model import DECODER_PRESETS, DIT_PRESETS, DiTDH, ViTDecoder, launch  # noqa: E402
-from sanity.synthetic import random_latents, write_latents  # noqa: E402
 
 
 def rows(heads, lines):
@@ -38,58 +30,11 @@ def rows(heads, lines):
         print("| " + " | ".join(map(str, line)) + " |", flush=True)
 
 
-def seconds_of(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def student(preset, px):
+    return DiTDH(px // 16, 768, num_classes=1000, time_difference=True, **DIT_PRESETS[preset])
 
 
-# ---- Computed ----
-def count(net, *inputs):
-    """(parameters, GMAC with attention scores, GMAC without) of one image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.to("meta")(*(x.to("meta") for x in inputs))
-    flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    attention = sum(n for op, n in flops.items() if "bmm" in op or "attention" in op)
-    total = sum(flops.values())
-    return sum(p.numel() for p in net.parameters()), total / 2e9, (total - attention) / 2e9
-
-
-def backbone(name, px, time_difference=True):
-    with torch.device("meta"):
-        net = DiTDH(px // 16, 768, num_classes=1000, time_difference=time_difference, **DIT_PRESETS[name])
-    t, y = torch.ones(1), torch.zeros(1, dtype=torch.long)
-    return count(net, torch.zeros(1, *net.shape), t, y, *([t] if time_difference else []))
-
-
-def decoder(name, px):
-    with torch.device("meta"):
-        net = ViTDecoder(px // 16, 768, **DECODER_PRESETS[name])
-    return count(net, torch.zeros(1, *net.shape))
-
-
-def sd_vae_decoder(px):
-    """The decoder that RAE replaces, by diffusers, without weights."""
-    from diffusers import AutoencoderKL
-    with torch.device("meta"):
-        vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                            block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-    return count(torch.nn.Sequential(vae.post_quant_conv, vae.decoder), torch.zeros(1, 4, px // 8, px // 8))
-
-
-def table():
-    lines, sums = [], {}
-    for px in (256, 512):
-        every = {name: backbone(name, px) for name in DIT_PRESETS if "mini" not in name}
-        every |= {name: decoder(name, px) for name in DECODER_PRESETS if "mini" not in name}
-        every |= {"SD-VAE decoder": sd_vae_decoder(px)}
-        every |= {"one step": [sum(both) for both in zip(every["DiTDH-XL"], every["ViT-XL"], strict=True)]}
-        sums |= {(name, px): numbers for name, numbers in every.items()}
-    for (name, px), (parameters, full, linear) in sums.items():
-        lines.append((name, px, f"{parameters:,}", f"{full:.2f}", f"{linear:.2f}"))
-    rows(("network", "px", "parameters", "GMAC with attention scores", "GMAC without (paper's)"), lines)
-
-
+# ---- What fits, computed ----
 def activations(preset, px, checkpointed):
     """Bytes that one row keeps for the backward pass in bf16, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,83 +51,55 @@ def activations(preset, px, checkpointed):
             loss = net(z, t, torch.zeros(n, dtype=torch.long), t).float().square().mean()
         return sum(size for size, _ in sizes.values()), loss
     with FakeTensorMode():
-        net = DiTDH(px // 16, 768, num_classes=1000, time_difference=True, **DIT_PRESETS[preset])
+        net = student(preset, px)
         net.checkpoint_activations = checkpointed
         return (saved(8)[0] - saved(4)[0]) / 4
 
 
 def fit():
-    """With 8% of a card and 1.5 GB left. A trained parameter takes 22 bytes (autocast's bf16 copy is one), the teacher's 4."""
+    """With 8% of a card and 1.5 GB left. A trained parameter takes 22 bytes (one is autocast's), the teacher's 4."""
     cards, lines = (24, 48, 80, 141), []
     for px, preset in ((px, preset) for px in (256, 512) for preset in ("DiTDH-S", "DiTDH-B", "DiTDH-XL")):
-        teacher, student = (backbone(preset, px, difference)[0] for difference in (False, True))
+        with torch.device("meta"):
+            net = student(preset, px)
+        both = sum(p.numel() for p in net.parameters())
+        teacher = both - sum(p.numel() for p in net.r_embedder.parameters())
         kept, inputs = (activations(preset, px, checkpointed) for checkpointed in (False, True))
         latent = 4 * 768 * (px // 16) ** 2
-        for checkpointed, row in (("no", kept), ("yes", inputs + kept / sum(DIT_PRESETS[preset]["depth"]))):      # and a block's own
+        for checkpointed, row in (("no", kept), ("yes", inputs + kept / len(net.blocks))):        # and a block's own
             for stage, base, each in (
                     ("teacher", 22 * teacher, row),
                     # one group of trajectories: 512 pairs on 8 GPUs
-                    ("CMT", 22 * student + 4 * teacher + 64 * 17 * latent, row + 4 * latent),
-                    ("MFD", 22 * student + 4 * teacher, row + 8 * latent)):
-                room = [int((0.92 * card - 1.5) * 1e9 - base) // int(4 * each) * 4 for card in cards]
-                lines.append((px, preset, stage, checkpointed, f"{base / 1e9:.1f}", f"{each / 1e9:.3f}", *(max(n, 0) for n in room)))
+                    ("CMT", 22 * both + 4 * teacher + 64 * 17 * latent, row + 4 * latent),
+                    ("MFD", 22 * both + 4 * teacher, row + 8 * latent)):
+                room = [max(0, int((0.92 * card - 1.5) * 1e9 - base) // int(4 * each) * 4) for card in cards]
+                lines.append((px, preset, stage, checkpointed, f"{base / 1e9:.1f}", f"{each / 1e9:.3f}", *room))
     rows(("px", "preset", "stage", "checkpointed", "GB without rows", "GB a row", *(f"{card} GB" for card in cards)), lines)
 
 
-# ---- Measured ----
+# ---- Sampling, XL ----
+def xl():
+    with tempfile.TemporaryDirectory() as folder:
+        home, net = Path(folder), student("DiTDH-XL", 256)
+        torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)            # away from zero
+        torch.save({"ema": net.state_dict()}, home / "student.pt")
+        torch.save(ViTDecoder(16, 768, **DECODER_PRESETS["ViT-XL"]).state_dict(), home / "decoder.pt")
+        torch.save({"mean": None, "var": torch.ones(768, 16, 16)}, home / "stat.pt")
+        del net
+        for n in (1, 9):                          # the difference is the cost of eight images
+            start, flags = time.perf_counter(), f"--nfe 1 --num-samples {n} --batch-size 8 --out {n}.npz"
+            subprocess.run([sys.executable, ROOT / "sample.py", "./student.pt", "--decoder", "./decoder.pt",
+                            "--stats", "./stat.pt", *flags.split()], check=True, cwd=home)
+            print(f"{n} images in one step, loading and decoding included: {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6:.2f} GB")
+
+
+# ---- What metrics say of degraded images ----
 def moments(x):
     m = Moments()
     for part in x.split(64):
         m.update(part)
     return m.mean, m.covariance
-
-
-def metrics(count=50_000, reference=10_000, width=2048):
-    """Once the features are there; random ones."""
-    g = torch.Generator().manual_seed(0)
-    fake, real = (torch.randn(n, width, generator=g) for n in (count, reference))
-    for name, measure in (("Frechet distance", lambda: frechet_distance(*moments(fake), *moments(real))),
-                          ("precision and recall", lambda: precision_recall(real, fake))):
-        seconds = seconds_of(measure)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        print(f"{name}: {seconds:.1f} s, peak memory of the process so far {peak:.2f} GiB", flush=True)
-
-
-def reader(count=2048, px=256):
-    """Samples per second, random order, one process; and of plainly reading the same bytes. Medians of 3."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_latents(folder, random_latents(count, (768, px // 16, px // 16)), range(count), shard_size=512)
-        latents = Latents(folder)
-
-        def plain():
-            for file in sorted(Path(folder).glob("shard_*")):
-                with open(file, "rb", buffering=0) as stream:
-                    while stream.read(8 << 20):
-                        pass
-
-        def ours():
-            for _ in read_ahead(latents.read, batches_of(len(latents), 0, 256, [(0, 256)], 0, count // 256), 0):
-                pass
-        plain()
-        for name, function in (("plain sequential read", plain), ("reader, random order", ours)):
-            print(f"{name}: {count / statistics.median(seconds_of(function) for _ in range(3)):,.0f} samples/s", flush=True)
-
-
-def xl():
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        student = DiTDH(16, 768, num_classes=1000, time_difference=True, **DIT_PRESETS["DiTDH-XL"])
-        torch.nn.init.normal_(student.final_layer.linear.weight, std=0.02)        # away from zero
-        torch.save({"ema": student.state_dict()}, home / "student.pt")
-        torch.save(ViTDecoder(16, 768, **DECODER_PRESETS["ViT-XL"]).state_dict(), home / "decoder.pt")
-        torch.save({"mean": None, "var": torch.ones(768, 16, 16)}, home / "stat.pt")
-        del student
-        for n in (1, 9):                          # the difference is the cost of eight images
-            command = [sys.executable, ROOT / "sample.py", home / "student.pt", "--decoder", home / "decoder.pt", "--stats",
-                       home / "stat.pt", "--nfe", "1", "--num-samples", str(n), "--batch-size", "8", "--out", home / f"{n}.npz"]
-            seconds = seconds_of(lambda command=command: subprocess.run(command, check=True))
-            print(f"{n} images in one step, loading and decoding included: {seconds:.1f} s", flush=True)
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6:.2f} GB")
 
 
 def jpeg(image, quality):
@@ -193,26 +110,19 @@ def jpeg(image, quality):
 
 
 def degradations(data, kind, px=32):
-    """One half of the images is the reference, with which the other is compared as it is, degraded, and in parts of N images."""
-    from types import SimpleNamespace
+    """One half of the images is the reference, with which the other is compared: as it is, in thousands, degraded."""
     device, *_ = launch()
     images = Images(data, px)
-    _, embed, _ = load_features(SimpleNamespace(features=kind, inception=None), px, device)
-    first, second = (images.read(list(half))[0].permute(0, 2, 3, 1).numpy()
-                     for half in np.array_split(np.random.default_rng(0).permutation(len(images)), [len(images) // 2]))
-    kernel = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    kernel -= kernel.mean((1, 2, 3), keepdim=True)
-
-    def filters(x):
-        return torch.nn.functional.conv2d(x.float() / 255, kernel).abs().mean((2, 3))
+    _, embed, _ = load_features(SimpleNamespace(features=kind, inception=None), device)
+    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
+    first, second = (images.read(list(half))[0].permute(0, 2, 3, 1).numpy() for half in halves)
 
     @torch.no_grad()
     def features(x):
         batches = torch.from_numpy(x).permute(0, 3, 1, 2).split(250)
-        return [torch.cat([f(batch.to(device)).cpu() for batch in batches]) for f in (embed, filters)]
-    reference, as_is = features(first), features(second)
-    targets = [moments(x) for x in reference]
-    noise = np.random.default_rng(1).standard_normal(second.shape, np.float32)
+        return torch.cat([embed(batch.to(device)).cpu() for batch in batches])
+    reference, noise = features(first), np.random.default_rng(1).standard_normal(second.shape, np.float32)
+    target = moments(reference)
     series = [("none (the other half)", [""], lambda s: second),
               ("Gaussian blur, radius in pixels", (0.4, 0.6, 1, 2),
                lambda s: np.stack([np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(s))) for x in second])),
@@ -221,20 +131,17 @@ def degradations(data, kind, px=32):
               ("JPEG, quality", (90, 70, 50, 30, 10), lambda s: np.stack([jpeg(x, s) for x in second]))]
 
     def lines():
+        for part in features(second).split(1000)[:10]:
+            yield "none", f"{len(part)} images", f"{frechet_distance(*moments(part), *target):.5f}"
         for name, strengths, degrade in series:
             for strength in strengths:
                 x = features(degrade(strength))
-                distance, of_filters = (frechet_distance(*moments(a), *target) for a, target in zip(x, targets, strict=True))
-                precision, recall = precision_recall(reference[0][:5000], x[0][:5000])
-                yield name, strength, f"{distance:.5f}", f"{precision:.3f}", f"{recall:.3f}", f"{of_filters:.5f}"
-    rows(("degradation", "strength", "Frechet distance", "precision", "recall", "Frechet distance, random filters"), lines())
-    parts = {n: [x for x in as_is[0].split(n)[:20] if len(x) == n] for n in (100, 200, 500, 1000, 2000, 5000, 10_000)}
-    distances = {n: torch.tensor([frechet_distance(*moments(x), *targets[0]) for x in found]) for n, found in parts.items() if found}
-    rows(("N", "parts", "mean distance of a part", "standard deviation between parts"),
-         ((n, len(d), f"{d.mean():.5f}", f"{d.std():.5f}" if len(d) > 1 else "") for n, d in distances.items()))
+                precision, recall = precision_recall(reference[:5000], x[:5000])
+                yield name, strength, f"{frechet_distance(*moments(x), *target):.5f}", f"{precision:.3f}", f"{recall:.3f}"
+    rows(("degradation", "strength", "Frechet distance", "precision", "recall"), lines())
 
 
-COMMANDS = {"--table": table, "--fit": fit, "--metrics": metrics, "--reader": reader, "--xl": xl, "--degradations": degradations}
+COMMANDS = {"--fit": fit, "--xl": xl, "--degradations": degradations}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

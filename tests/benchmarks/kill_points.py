@@ -1,7 +1,7 @@
 """Every script, killed at every call that changes the disk, then repeated: docs/RELIABILITY.md's table.
 
-    python tests/benchmarks/kill_points.py                              # all; prints Markdown
-    python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20                    # one case in 20
+    python tests/benchmarks/kill_points.py                      # all; prints Markdown
+    python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20        # one case in 20
 
 Such a call makes a folder, opens a file to be written, flushes (fsync), renames or removes. For each:
 
@@ -29,6 +29,13 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "sanity"), str(ROOT / "tests")]
+import numpy  # noqa: E402
+import PIL.Image  # noqa: E402
+import runs  # noqa: E402
+import torch._decomp.decompositions_for_jvp  # noqa: E402
+import transformers  # noqa: E402
+
+import model  # noqa: E402
 
 KINDS = ("before", "torn", "error", "twice")
 ENCODER = "--out out --width 12 --depth 1 --heads 2 --patch 4"
@@ -37,8 +44,8 @@ STAGE = f"--out out {STEPS} --log-every 1 --keep 1 --precision fp32"
 SCRIPTS = {
     "random_encoder.py": ENCODER,
     "digits.py": "--out out --train 20 --held-out 10 --image-size 16",
-    "encode_latents.py": "--data-path @/images --out out --encoder @/encoder --image-size 16 --encoder-size 16 --shard-size 14 "
-                         "--batch-size 7 --workers 0 --skip-bad",
+    "encode_latents.py": "--data-path @/pictures --out out --encoder @/encoder --image-size 16 --encoder-size 16 --shard-size 14 "
+                         "--batch-size 7 --workers 0",
     "train_teacher.py": f"--latents @/latents --preset tiny --time-shift 3 {STAGE}",
     "train_cmt.py": f"--teacher @/teacher --teacher-steps 2 --pairs 4 {STAGE}",
     "train_meanflow.py": f"--latents @/latents --teacher @/teacher --init @/cmt {STAGE}",
@@ -89,6 +96,7 @@ def watch(root, k, kind):
 
 
 def in_child(function):
+    """-> the exit status of a child that calls it."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
@@ -110,7 +118,7 @@ def run(name, home, folder, k=None, kind=None):
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (stream == 1) | os.O_APPEND), stream)
         script, *_ = sys.argv = [name.split()[0], *SCRIPTS[name].replace("@", str(home)).split()]
         seen = watch(folder, k, kind)
-        sys.modules["model"].command(sys.modules[script[:-3]].main)
+        model.command(sys.modules[script[:-3]].main)
         print(json.dumps(seen))
     status = in_child(child)
     lines = said.read_text().splitlines()
@@ -120,30 +128,30 @@ def run(name, home, folder, k=None, kind=None):
 
 
 def prepare(home):
+    """What the scripts read, in `home`."""
     def make():
-        import numpy
-        sys.modules["runs"].random_images(home / "pictures", each=24)
+        runs.random_images(home / "pictures", each=24)
         for k, name in enumerate("ab"):
-            numpy.savez(home / f"{name}.npz", numpy.random.default_rng(k).integers(0, 256, (8, 16, 16, 3), dtype=numpy.uint8))
+            pixels = numpy.random.default_rng(k).integers(0, 256, (8, 16, 16, 3), dtype=numpy.uint8)
+            numpy.savez(home / f"{name}.npz", pixels)
     assert in_child(make) == 0
-    shutil.copytree(home / "pictures", home / "images")
     for name, out in WORLD.items():
         run(name, home, home / "calm")
         (home / "calm" / "out").rename(home / out)
         shutil.rmtree(home / "calm")
-    assert in_child(lambda: sys.modules["runs"].save_decoder(home, home / "decoder")) == 0
-    (home / "images" / "class1" / "004.png").write_bytes(b"no picture")
+    assert in_child(lambda: runs.save_decoder(home, home / "decoder")) == 0
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if not path.name.endswith(".lock")}
-
-
-def content(path):
-    data = b"" if path.is_dir() else path.read_bytes()[8:]    # a safetensors header's length, which times change
-    if path.suffix == ".jsonl":
-        data = json.dumps(sys.modules["model"].read_log(path.parent)).encode()
-    return re.sub(TIMES, b"", data)
+    """{path: bytes} of what is to be the same: times aside, and of a log each step's last line."""
+    found = {}
+    for path in folder.rglob("*"):
+        data = b"" if path.is_dir() else path.read_bytes()[8:]                    # a safetensors header's length
+        if path.suffix == ".jsonl":
+            data = json.dumps(model.read_log(path.parent)).encode()
+        if not path.name.endswith(".lock"):
+            found[str(path.relative_to(folder))] = re.sub(TIMES, b"", data)
+    return found
 
 
 def case(name, home, folder, k, kind, point, want):
@@ -175,16 +183,13 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--quick", type=int, default=1)
     args = parser.parse_args()
-    # All is imported once, and no thread started: then a process can be forked.
-    import PIL.Image
-    import torch._decomp.decompositions_for_jvp  # noqa: F401
-    import transformers
+    # All is imported, also what transformers imports when asked, and no thread started: a process can be forked.
     torch.set_num_threads(1)
     PIL.Image.init()
     assert transformers.Dinov2WithRegistersModel and transformers.AutoModel
-    for name in ("model", "runs", "train_decoder", *(name.split(".")[0] for name in SCRIPTS)):
-        importlib.import_module(name)
-    sys.modules["model"].DECODER_PRESETS["tiny"] = dict(hidden_size=32, depth=1, num_heads=2, mlp_size=64)
+    for name in SCRIPTS:
+        importlib.import_module(name.split(".")[0])
+    model.DECODER_PRESETS["tiny"] = dict(hidden_size=32, depth=1, num_heads=2, mlp_size=64)
     sys.modules["train_decoder"].HELD_OUT = 8
     failed, begun = [], time.monotonic()
     with tempfile.TemporaryDirectory() as home:
