@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 
 import encode_latents
-from encode_latents import Encoder, Images, Latents, TrainingData, adm_crop, batches_of, main, open_rgb, read_ahead
+from encode_latents import Encoder, Images, Latents, TrainingData, adm_crop, batches_of, main, open_rgb
 from model import InputError, read_json
 from runs import let_go, run_on
 from sanity import random_encoder
 
-SCRIPT = Path(encode_latents.__file__)
 ENCODERS = Path(tempfile.mkdtemp())
 
 
@@ -137,46 +136,34 @@ def chunk(name, body):
 def odd_images():
     """{file name: (bytes, the RGB array a viewer shows, or None where the file must be refused)}."""
     rgb = picture(24, 20)
-    image, rows = Image.fromarray(rgb), rgb.astype(int)
-    grey, alpha = rgb[..., 0], np.tile(np.linspace(0, 255, 24).round().astype(np.uint8), (20, 1))
+    image, grey = Image.fromarray(rgb), rgb[..., 0]
+    alpha = np.tile(np.linspace(0, 255, 24).round().astype(np.uint8), (20, 1))
     deep = (rgb[..., 1].astype(np.uint16) << 8) + 77
-    eight = (deep / 257).round().astype(np.uint8)
-    a = alpha[..., None] / 255
 
     def three(x):
         return np.stack([x] * 3, -1)
 
     def decoded(data):
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    on_white = (rows * a + 255 * (1 - a)).round()
-    palette = image.quantize(16)
+    a, eight, palette = alpha[..., None] / 255, (deep / 257).round().astype(np.uint8), image.quantize(16)
     shown = np.asarray(palette.convert("RGB"))
     see_through = np.where((np.asarray(palette) == 3)[..., None], 255, shown)
-    keyed = np.where((rgb == rgb[2, 3]).all(-1)[..., None], 255, rgb)
     jpeg, cmyk = saved(image, "JPEG", quality=90), saved(image.convert("CMYK"), "JPEG", quality=95)
-    rgba, second = Image.fromarray(np.dstack([rgb, alpha])), Image.fromarray(255 - rgb)
+    second = Image.fromarray(255 - rgb).quantize(16)
     odd = {
-        "rgb.bmp": (saved(image, "BMP"), rgb), "upper.JPEG": (jpeg, decoded(jpeg)), "a png.jpg": (saved(image, "PNG"), rgb),
-        "lossless.webp": (saved(image, "WEBP", lossless=True), rgb),
+        "upper.JPEG": (jpeg, decoded(jpeg)), "a png.jpg": (saved(image, "PNG"), rgb),
         "one bit.png": (saved(Image.fromarray(grey > 127), "PNG"), three(np.where(grey > 127, 255, 0))),
-        "grey alpha.png": (saved(Image.fromarray(np.dstack([grey, alpha])), "PNG"), (three(grey) * a + 255 * (1 - a)).round()),
-        "palette.gif": (saved(palette, "GIF"), shown), "palette alpha.png": (saved(palette, "PNG", transparency=3), see_through),
-        "key colour.png": (saved(image, "PNG", transparency=tuple(rgb[2, 3].tolist())), keyed),
-        "rgba.tif": (saved(rgba, "TIFF"), on_white), "cmyk.jpg": (cmyk, decoded(cmyk)),
-        "deep.png": (saved(Image.fromarray(deep), "PNG"), three(eight)),
+        "palette alpha.png": (saved(palette, "PNG", transparency=3), see_through),
+        "rgba.tif": (saved(Image.fromarray(np.dstack([rgb, alpha])), "TIFF"), (rgb * a + 255 * (1 - a)).round()),
+        "cmyk.jpg": (cmyk, decoded(cmyk)), "deep.png": (saved(Image.fromarray(deep), "PNG"), three(eight)),
         "deep.pgm": (b"P5 24 20 65535\n" + deep.astype(">u2").tobytes(), three(eight)),
-        "moving.gif": (saved(palette, "GIF", save_all=True, append_images=[second.quantize(16)]), shown)}
-    turns = {2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
-             5: lambda x: x.transpose(1, 0, 2), 6: lambda x: x.transpose(1, 0, 2)[:, ::-1],
-             7: lambda x: x[::-1, ::-1].transpose(1, 0, 2), 8: lambda x: x.transpose(1, 0, 2)[::-1]}
-    for orientation, turn in turns.items():
+        "moving.gif": (saved(palette, "GIF", save_all=True, append_images=[second]), shown)}
+    for orientation, turn in {3: lambda x: x[::-1, ::-1], 6: lambda x: x.transpose(1, 0, 2)[:, ::-1]}.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         odd[f"exif {orientation}.jpg"] = saved(image, "JPEG", quality=90, exif=exif), turn(decoded(jpeg))
-    png = bytearray(saved(image, "PNG"))
-    png[len(png) // 2] ^= 1
     broken = {
-        "empty.png": b"", "text.jpg": b"<html>404</html>", "cut.jpg": jpeg[:len(jpeg) // 2], "flipped bit.png": bytes(png),
+        "text.jpg": b"<html>404</html>", "cut.jpg": jpeg[:len(jpeg) // 2],
         "float.tif": saved(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
         "32 bits.tif": saved(Image.fromarray(grey.astype(np.int32) << 20), "TIFF"),
         "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"}
@@ -200,17 +187,6 @@ def test_odd_and_broken_images(tmp_path):
         assert image.mode == "RGB", name
         assert np.abs(np.asarray(image).astype(int) - odd[name][1]).max() <= ("rgba" in name or "alpha" in name), name
         assert np.array_equal(images.pixels(i), adm_crop(image, 16)), name
-
-
-def test_flipped_copies_and_threads(data):
-    images = Images(data, 16)
-    straight, labels = images.read([5, 20, 0])
-    flipped, flipped_labels = images.read([28, 43, 23])
-    assert torch.equal(flipped, straight.flip(3)) and torch.equal(labels, flipped_labels) and labels.tolist() == [0, 2, 0]
-    batches = [[i % 23, (7 * i) % 46] for i in range(50)]
-    for threads in (0, 1, 3):
-        found = list(read_ahead(images.read, iter(batches), threads))
-        assert len(found) == 50 and all(torch.equal(found[i][0], images.read(batches[i])[0]) for i in (0, 13, 49))
 
 
 # ---- The encoder -----------------------------------------------------
@@ -299,12 +275,6 @@ def test_an_encoder_is_its_config_too(data, copy, tmp_path, name, value):
     (other / "config.json").write_text(json.dumps({**config, name: value}))
     with pytest.raises(InputError, match=f"holds other work .{name}: "):
         encode(data, copy, "--encoder", str(other))
-    let_go()
-    about = read_json(copy / "latents.json")
-    about["encoder"] |= {"id": str(other)}
-    (copy / "latents.json").write_text(json.dumps(about))
-    with pytest.raises(InputError, match="is another encoder than the one that made"):
-        encode_latents.encoder_of(copy)
 
 
 def test_zip_is_folder(data, encoded, tmp_path):
@@ -402,43 +372,22 @@ def test_identity_is_by_content(data, encoded, copy, tmp_path):
 
 
 # ---- Anybody's pictures ----------------------------------------------
-def test_links(tmp_path):
+def test_links_and_what_is_left_out(tmp_path, capsys):
     data, store = tmp_path / "data", tmp_path / "store"
-    for name in ("a/1.png", "b/2.png"):
+    for name in ("a/1.png", "a/@eaDir/1.png/THUMB.png", "b/2.png", "$RECYCLE.BIN/x.png", ".thumbnails/z.png", "b/shots.png/3.png"):
         dot(data / name)
-    dot(store / "3.png")
     dot(store / "deep/4.png")
     (store / "round").symlink_to(store)
-    (data / "a/up").symlink_to("..")
-    (data / "a/loop").symlink_to(".")
-    (data / "b/other").symlink_to(data / "a")
+    (data / "a/loop").symlink_to("..")
     (data / "b/gone.png").symlink_to("nowhere.png")
-    (data / "a/far.png").symlink_to(store / "3.png")
-    (data / "a/above").symlink_to(tmp_path)
+    (data / "a/far.png").symlink_to(store / "deep/4.png")
     (data / "c").symlink_to(store)
+    for name in ("1.HEIC", "2.heic", "read me.txt"):
+        (data / "a" / name).write_text("")
+    os.mkfifo(data / "a/pipe.png")
     images = Images(data, 8)
-    assert images.labels.tolist() == [0, 0, 1, 2, 2]
-    assert images.paths == ["a/1.png", "a/far.png", "b/2.png", "c/3.png", "c/deep/4.png"]
-
-
-def test_what_is_no_image_is_left_out_and_counted(tmp_path, capsys, monkeypatch):
-    for name in ("a/1.png", "a/@eaDir/1.png/THUMB.png", "$RECYCLE.BIN/x.png", ".thumbnails/z.png", "a/shots.png/2.png"):
-        dot(tmp_path / name)
-    for name in ("a/1.HEIC", "a/2.heic", "a/read me.txt"):
-        (tmp_path / name).write_text("")
-    os.mkfifo(tmp_path / "a/pipe.png")
-    images = Images(tmp_path, 8)
-    assert (images.classes, images.paths) == (["a"], ["a/1.png", "a/shots.png/2.png"])
-    assert "left out: 2 .heic, 1 .txt" in capsys.readouterr().out
-    scandir = os.scandir
-
-    def denied(path):
-        if str(path).endswith("shots.png"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(PermissionError):                      # which the command says in one line
-        Images(tmp_path, 8)
+    assert images.paths == ["a/1.png", "a/far.png", "b/2.png", "b/shots.png/3.png", "c/deep/4.png"]
+    assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 2 .heic, 1 .txt" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")            # Pillow's word on what is broken on purpose
@@ -447,29 +396,19 @@ def test_metadata_never_stops_pixels():
     png = saved(Image.fromarray(rgb), "PNG")
     head, rest = png[:33], png[33:]                           # signature and IHDR; then the pixels
     long = zlib.compress(bytes(3_000_000))
-    for part in (chunk(b"zTXt", b"workflow\0\0" + long), chunk(b"iTXt", b"prompt\0\1\0\0\0" + long),
-                 chunk(b"iCCP", b"p\0\0" + long), chunk(b"eXIf", b"II*\0\xff\xff\xff\xff broken")):
+    for part in (chunk(b"zTXt", b"workflow\0\0" + long), chunk(b"eXIf", b"II*\0\xff\xff\xff\xff broken")):
         assert np.array_equal(np.asarray(open_rgb(io.BytesIO(head + part + rest))), rgb), part[4:8]
 
 
 # ---- The command -----------------------------------------------------
-def test_random_encoder_is_always_the_same_and_keeps_the_image(tmp_path):
+def test_random_encoder_is_always_the_same(tmp_path):
     state = torch.get_rng_state()
-    folder = encoder_folder("e", tmp_path, width=12, depth=1, heads=2, patch=4, seed=0)
-    found = Encoder(folder, 32, 32).about["identity"]["sha256"]
-    assert torch.equal(state, torch.get_rng_state()) and found == "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"
-    encoder = Encoder(encoder_folder("a", tmp_path, width=48, depth=2, heads=4, patch=4, seed=0), 32, 32)
-    images = torch.stack([torch.from_numpy(picture(32, 32, seed)) for seed in range(60)]).permute(0, 3, 1, 2) / 255
-    brightness = torch.linspace(0.2, 1, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
-    images = (images * brightness[:, None, None, None]).requires_grad_()             # a LayerNorm would lose it
-    z = encoder(images).flatten(2).transpose(1, 2)
-    z.square().mean().backward()
-    assert images.grad.abs().sum() > 0 and encoder.about["untrained"]
-    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2).detach()
-    z = torch.cat([z, torch.ones(*z.shape[:2], 1)], dim=2).detach()
-    linear = torch.linalg.lstsq(z[:40].flatten(0, 1), patches[:40].flatten(0, 1)).solution
-    error = (z[40:] @ linear - patches[40:]).square().mean() / patches[40:].var()
-    assert error < 0.01                                       # 0.0034; with the default initialization 0.068
+    encoder = Encoder(encoder_folder("e", tmp_path, width=12, depth=1, heads=2, patch=4, seed=0), 32, 32)
+    assert torch.equal(state, torch.get_rng_state()) and encoder.about["untrained"]
+    assert encoder.about["identity"]["sha256"] == "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"
+    images = torch.rand(1, 3, 32, 32, requires_grad=True)
+    encoder(images).square().mean().backward()
+    assert images.grad.abs().sum() > 0
 
 
 def test_random_encoder_folder(tmp_path, capsys):
@@ -479,17 +418,8 @@ def test_random_encoder_folder(tmp_path, capsys):
     assert "is there" in capsys.readouterr().out and (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="holds other work .*seed"):
         encoder_folder("e", tmp_path, seed=4)
-    (folder / "config.json").unlink()                         # weights of somebody's: not to be replaced
-    with pytest.raises(InputError, match="something else"):
-        encoder_folder("e", tmp_path, seed=4)
-    encoder_folder("e", tmp_path)                             # killed before it was written
-    assert read_json(folder / "config.json")["untrained"] is True
 
 
-def test_errors_are_one_line_and_help_is_light(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, "--data-path", tmp_path / "none"], capture_output=True, text=True,
-                         cwd=tmp_path)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and not os.listdir(tmp_path)
-    assert run.stderr.startswith(f"encode_latents.py: error: {tmp_path / 'none'} is no folder and no whole .zip")
+def test_help_is_light():
     light = "import sys, encode_latents as e\ntry: e.main(['-h'])\nfinally: assert 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", light], cwd=SCRIPT.parent).returncode == 0
+    assert subprocess.run([sys.executable, "-c", light], cwd=Path(encode_latents.__file__).parent).returncode == 0

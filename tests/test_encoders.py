@@ -8,7 +8,7 @@ import runs
 import torch
 import torch.nn.functional as F
 import transformers
-from runs import TINY, let_go, log, random_images
+from runs import TINY, let_go, random_images
 from torch import nn
 
 import encode_latents
@@ -18,7 +18,7 @@ import sample
 import train_teacher
 from encode_latents import Encoder, Images, Latents, TrainingData, encode, write_latents
 from model import InputError
-from sanity import export, report, train_decoder
+from sanity import report, train_decoder
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, patch_size=4, image_size=16)
 REGISTERS = dict(num_register_tokens=3)
@@ -118,8 +118,6 @@ def test_pixels_are_part_of_what_latents_are(tmp_path, capsys):
     (tmp_path / "b/processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": NORM[0], "image_std": NORM[1]}}))
     b = Encoder(tmp_path / "b", 16, 16)
     assert {k for k, v in a.about["identity"].items() if v != b.about["identity"][k]} == {"image_norm"}
-    save(tmp_path / "c", "vit_mae", None)
-    assert Encoder(tmp_path / "c", 16, 16).about["identity"]["image_norm"] == [list(model.IMAGE_MEAN), list(model.IMAGE_STD)]
 
 
 def test_sizes_are_raes(tmp_path):
@@ -148,10 +146,10 @@ def test_others_are_refused(tmp_path, monkeypatch):
         Encoder(tmp_path)
 
 
-# ---- By command, to pictures -------------------------------------------------------------------------------------------
+# ---- By command, to pictures ----
 @pytest.mark.parametrize("kind", KINDS)
-def test_encoded_and_decoded_by_command(tmp_path, kind, capsys):
-    """Ten steps of a decoder, which gives pixels back with the encoder's mean and std; a slim copy of it as well."""
+def test_encoded_and_decoded_by_command(tmp_path, kind):
+    """Ten steps of a decoder, which gives pixels back with the encoder's mean and std."""
     save(tmp_path / "encoder", kind)
     random_images(tmp_path / "images", each=24)
     encode_latents.main([f"--data-path={tmp_path}/images", f"--out={tmp_path}/latents", f"--encoder={tmp_path}/encoder",
@@ -161,18 +159,14 @@ def test_encoded_and_decoded_by_command(tmp_path, kind, capsys):
     let_go()
     decoder, about = model.load_decoder(tmp_path / "decoder")
     assert decoder.image_norm == [*map(list, NORM)] and about["encoder"]["identity"]["kind"] == kind
-    export.main([f"{tmp_path}/decoder", f"--out={tmp_path}/slim"])
-    slim, _ = model.load_decoder(tmp_path / "slim")
-    z = torch.from_numpy(Latents(tmp_path / "latents").read([0, 1])[0].float().numpy())
     with torch.no_grad():
-        image = decoder(z)
-        assert torch.equal(image, slim(z))
+        z = torch.randn(2, *decoder.shape)
+        image, (mean, std) = decoder(z), torch.tensor(NORM)[:, :, None, None]
         decoder.image_norm = [[0.0] * 3, [1.0] * 3]
-        mean, std = torch.tensor(NORM)[:, :, None, None]
         assert torch.equal(image, decoder(z) * std + mean)
 
 
-def test_the_pixels_of_a_published_decoder(tmp_path, capsys):
+def test_the_pixels_of_a_published_decoder(tmp_path):
     """A .pt cannot tell its mean and std: ImageNet's, unless the flag says otherwise."""
     sizes = dict(input_size=4, in_channels=12, hidden_size=192, depth=1, num_heads=3, mlp_size=64, patch_size=4)
     torch.save(model.ViTDecoder(**sizes).state_dict(), tmp_path / "decoder.pt")
@@ -180,20 +174,16 @@ def test_the_pixels_of_a_published_decoder(tmp_path, capsys):
     stats = {"mean": torch.zeros(12, 4, 4), "var": torch.ones(12, 4, 4)}
     runs.save_network(tmp_path / "teacher", net, {"kind": "teacher"}, stats)
 
-    def images(*more):
-        sample.main([f"{tmp_path}/teacher", f"--decoder={tmp_path}/decoder.pt", f"--out={tmp_path}/out{len(more)}.npz",
-                     *"--num-samples 3 --nfe 1".split(), *more])
+    def images(*norm):
+        sample.main([f"{tmp_path}/teacher", f"--decoder={tmp_path}/decoder.pt", f"--out={tmp_path}/{len(set(norm))}.npz",
+                     *"--num-samples 3 --nfe 1".split(), *norm])
         let_go()
-        return numpy.load(tmp_path / f"out{len(more)}.npz")["arr_0"]
-    imagenet = "--image-norm 0.485 0.456 0.406 0.229 0.224 0.225".split()
-    assert (images() == images(*imagenet)).all()
-    with pytest.raises(InputError, match="image_norm: "):
-        images(*"--image-norm 0.5 0.5 0.5 0.5 0.5 0.5".split())
-    (tmp_path / "out7.npz").unlink()
-    assert (images(*"--image-norm 0.5 0.5 0.5 0.5 0.5 0.5".split()) != images()).mean() > 0.5
+        return numpy.load(tmp_path / f"{len(set(norm))}.npz")["arr_0"]
+    assert (images() == images(*"--image-norm 0.485 0.456 0.406 0.229 0.224 0.225".split())).all()
+    assert (images() != images(*"--image-norm 0.5 0.5 0.5 0.5 0.5 0.5".split())).mean() > 0.5
 
 
-# ---- A module of one's own ---------------------------------------------------------------------------------------------
+# ---- A module of one's own ----
 class Mine(nn.Module):
     """uint8 (B, 3, 16, 16) -> means of patches, (B, 3, 4, 4)."""
     shape, digest = (3, 4, 4), "means of 4 x 4 pixels"
@@ -255,7 +245,7 @@ def test_what_they_cannot_do_is_one_line(mine, tmp_path):
         train_decoder.main([images, f"--latents={mine}/latents", f"--out={tmp_path}/decoder", "--feature-weight=0"])
 
 
-# ---- Latents that exist ------------------------------------------------------------------------------------------------
+# ---- Latents that exist ----
 def test_given_latents_train_a_teacher(tmp_path):
     """As an autoencoder's, 4 x 32 x 32: an array on disk, a tensor, and once more."""
     g = numpy.random.default_rng(0)
@@ -275,18 +265,17 @@ def test_given_latents_train_a_teacher(tmp_path):
     train_teacher.main([f"--latents={tmp_path}/a", f"--out={tmp_path}/teacher",
                         *"--preset tiny --steps 2 --batch-size 4 --log-every 1 --workers 0".split()])
     let_go()
-    assert log(tmp_path / "teacher")[-1]["step"] == 2 and model.load_network(tmp_path / "teacher")[0].shape == (4, 32, 32)
+    assert model.load_network(tmp_path / "teacher")[0].shape == (4, 32, 32)
     for complaint, call in {
             "other work": lambda: write_latents(tmp_path / "a", z + 1, y, *more),
             "not finite in float16": lambda: write_latents(tmp_path / "c", 1e6 * z, y),
             "labels .9., 3 classes: give .N, C, G, G., and .N,. numbers": lambda: write_latents(tmp_path / "d", z, y[:9]),
-            "labels .10., 2 classes": lambda: write_latents(tmp_path / "d", z, y, ["a", "b"]),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
             "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():
         with pytest.raises(InputError, match=complaint):
             call()
         let_go()
-    assert not (tmp_path / "c/shard_00000.safetensors").exists() and not (tmp_path / "d").exists()
+    assert not (tmp_path / "c/shard_00000.safetensors").exists()
 
 
 def test_the_lines_of_the_page(tmp_path, monkeypatch, capsys):

@@ -1,16 +1,16 @@
-"""Every script, killed at every call that changes the disk, then repeated: docs/RELIABILITY.md's table.
+"""Every script, killed at every call that changes the disk, then repeated: docs/RELIABILITY.md.
 
-    python tests/benchmarks/kill_points.py                      # all; prints Markdown
-    python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20        # one case in 20
+    python tests/benchmarks/kill_points.py                      # all
+    python tests/benchmarks/kill_points.py --scripts train_cmt.py --quick 20        # one in 20
 
-Such a call makes a folder, opens a file to be written, flushes (fsync), renames or removes. For each:
+Such a call makes a folder, opens a file to write, flushes, renames or removes. For each:
 
     before   SIGKILL instead of the call, which is after the one before it
     torn     SIGKILL with half of the file there
     error    the call fails, and all later ones that need space: one line and status 2, unless nothing is lost
     twice    SIGKILL before the call, and in the repeated run before an early one
 
-The same command must then end well, and leave the files of an undisturbed run: all but times, command and date.
+The same command must then leave the files of an undisturbed run: all but times, command and date.
 """
 import argparse
 import errno
