@@ -922,13 +922,7 @@ def fits(source, kind, state):
 
 def fill(net, source, state, new=()):
     """Copy `state` into `net`. new: prefixes of tensors that stay as initialized where it has none (said)."""
-    own = net.state_dict()
-    for name in own.keys() & state.keys():
-        # A later RAE release trains its position tables: they come from the file too.
-        table = name.endswith(("pos_embed", "freqs_cos", "freqs_sin"))
-        if table and (state[name].float() - own[name]).abs().max() > 1e-4:
-            say(f"note: {name} differs from the computed table; the file's is used")
-    fresh = {name: x for name, x in own.items() if name not in state and name.startswith(new)}
+    fresh = {name: x for name, x in net.state_dict().items() if name not in state and name.startswith(new)}
     if fresh:
         say(f"starts anew, as {source} has none: {', '.join(fresh)}")
     net.load_state_dict({**state, **fresh})

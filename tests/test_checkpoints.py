@@ -35,7 +35,7 @@ def teacher():
 
 def test_published_forms_of_a_file(teacher, tmp_path, capsys):
     """Of an average and weights the average; prefixes that all names share are taken off; trained position
-    tables are taken, and said. The table of labels may be a new one."""
+    tables are taken. The table of labels may be a new one."""
     state, path = teacher.state_dict(), tmp_path / "net.pt"
     other = {name: x + 1 for name, x in state.items()}
     for content in (state, {"model": state, "step": 3}, {"ema": state, "model": other, "step": 3},
@@ -44,7 +44,6 @@ def test_published_forms_of_a_file(teacher, tmp_path, capsys):
         net, about = model.load_network(path, "teacher")
         assert all(torch.equal(x, state[name]) for name, x in net.state_dict().items())
         assert (about["kind"], about["time_shift"], about["stats"]) == ("teacher", 1, None)
-    assert "pos_embed differs" in capsys.readouterr().out
     save_file(state, tmp_path / "net.safetensors")
     net, _ = model.load_network(tmp_path / "net.safetensors", num_classes=7)
     assert torch.equal(net.t_embedder.W, teacher.t_embedder.W) and net.num_classes == 7
