@@ -2,22 +2,22 @@
 
     python docs/experiments/derivative_errors.py --run runs/sanity       # a minute on a CPU
 
-Rows are the training's: real latents, shifted times s < t, the teacher's velocity as tangent. Prints
-Markdown: the norm of the error over the norm of dh/dt, all rows together, and in brackets the median over
-rows. The student is evaluated in the precision named; the rest is float32 (float64 in the first column).
-Training never takes finite differences in bf16 or TF32: `--derivative fd` is float32, whatever the autocast.
+Of the training's rows: real latents, shifted times s < t, the teacher's velocity as tangent. Prints the norm of
+the error over the norm of dh/dt, all rows together, and in brackets the median over rows. The student is evaluated
+in the precision named; the rest is float32 (float64 in the first column). Training never takes finite differences
+in bf16 or TF32.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from docs.experiments.run import markdown  # noqa: E402
-from encode_latents import Latents  # noqa: E402
-from model import ArgumentParser, command, generator, load_network, normalize, time_shift  # noqa: E402
-from train_meanflow import per_row, transport_derivative  # noqa: E402
+from docs.experiments.run import markdown
+from encode_latents import Latents
+from model import ArgumentParser, command, generator, load_network, normalize, time_shift
+from train_meanflow import per_row, transport_derivative
 
 ROWS = 256
 
@@ -25,8 +25,8 @@ ROWS = 256
 def derivative(net, v, batch, precision, **how):
     """dh/dt along the teacher's velocity, the student evaluated in `precision`."""
     dtype = torch.float64 if precision == "float64" else torch.float32
-    z_0, eps, t, s = (x.to(dtype) for x in batch[:4])
-    net, v, y = net.to(dtype), v.to(dtype), batch[4]
+    net, v, z_0, eps, t, s = (x.to(dtype) for x in (net, v, *batch[:4]))
+    y = batch[4]
 
     def h(z, t, y, s):
         # Within the finite differences too, which set it to "highest", and set it back in the end.

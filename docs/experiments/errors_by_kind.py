@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from docs.experiments.gradient_variance import batches  # noqa: E402
-from docs.experiments.run import markdown  # noqa: E402
-from encode_latents import TrainingData  # noqa: E402
-from model import command, load_network  # noqa: E402
-from train_meanflow import meanflow_loss  # noqa: E402
+from docs.experiments.gradient_variance import batches
+from docs.experiments.run import markdown
+from encode_latents import TrainingData
+from model import command, load_network
+from train_meanflow import meanflow_loss
 
 RUN, ROWS = "runs/sanity", 512
 STUDENTS = ("runs/sanity/cmt", "runs/experiments/b/0/MFD__published", "runs/experiments/b/0/MFD__p___0.5__c___0.1")

