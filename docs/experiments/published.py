@@ -5,10 +5,8 @@
 
 labels     the student drops labels once more, in one row in ten and anew in each of its evaluations, so
            that the ends of a finite difference can see different labels
-embedding  the new embedding of t - s starts with torch's random weights, so that the student does not start
-           as its teacher
-times      CMT calls the points of a trajectory by evenly spaced times, though the solver went along the
-           shifted grid
+embedding  the new embedding of t - s starts with torch's random weights: the student is not its teacher at first
+times      CMT calls the points of a trajectory by evenly spaced times, though the solver's were shifted
 direction  not published: the derivative goes along the student's own velocity h(z_t, t, y, t), whatever w is
            (as a direction the one-point velocity is noisy, arXiv 2605.09235)
 """
@@ -16,10 +14,11 @@ import importlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import DiTDH, Dual, command, generator  # noqa: E402
+from model import DiTDH, Dual, command, generator
 
 
 def drop_labels():
@@ -35,23 +34,23 @@ def drop_labels():
     DiTDH.forward = dropping
 
 
+def after_init(kind, change):
+    init = kind.__init__
+
+    def changed(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        change(self)
+    kind.__init__ = changed
+
+
 def random_embedding():
-    init = DiTDH.__init__
-
-    def randomizing(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        if self.r_embedder is not None:
-            self.r_embedder.mlp[2].reset_parameters()
-    DiTDH.__init__ = randomizing
+    after_init(DiTDH, lambda net: net.r_embedder and net.r_embedder.mlp[2].reset_parameters())
 
 
-def even_times(pool):
-    init = pool.__init__
-
-    def relabelling(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.times = torch.linspace(1, 0, len(self.times), device=self.times.device)
-    pool.__init__ = relabelling
+def even_times(pools):
+    def relabel(pool):
+        pool.times = torch.linspace(1, 0, len(pool.times), device=pool.times.device)
+    after_init(pools, relabel)
 
 
 def along_the_student(stage):
@@ -65,11 +64,9 @@ def along_the_student(stage):
 
 
 if __name__ == "__main__":
-    ingredients, script = sys.argv[1].split(","), Path(sys.argv[2])
-    stage = importlib.import_module(script.stem)
-    for name in ingredients:
-        {"labels": drop_labels, "embedding": random_embedding,
-         "times": lambda: even_times(stage.TrajectoryPool),
+    stage = importlib.import_module(Path(sys.argv[2]).stem)
+    for name in sys.argv[1].split(","):
+        {"labels": drop_labels, "embedding": random_embedding, "times": lambda: even_times(stage.TrajectoryPool),
          "direction": lambda: along_the_student(stage)}[name]()
     sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]        # for run.json's record of the command
     command(stage.main)
