@@ -5,9 +5,7 @@ patch tokens alone, final LayerNorm without its affine part (RAE, arXiv 2510.116
 as float16, in shards; their mean and variance (C, H, W) lie beside them.
 
     python encode_latents.py --data-path imagenet/train               # one GPU (or CPU): writes data/latents
-    torchrun --nproc_per_node=8 encode_latents.py --data-path imagenet/train                    # eight GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        encode_latents.py --data-path imagenet/train      # on each of four nodes; --out on a disk they share
+    torchrun --nproc_per_node=8 encode_latents.py --data-path imagenet/train        # eight GPUs; so nodes
 
 A shard covers fixed images, so the files are the same whatever the number of processes. The same command
 goes on where it was stopped, and reads back what was there. Folder: latents.json (what is encoded, by what),
@@ -44,10 +42,12 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = Image.MAX_IMAGE
 SYSTEM = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN")
 
 
-# ---- Images ----------------------------------------------------------
+# ---- Images ----
 def open_rgb(file):
     """An image as a viewer shows it, in RGB: upright, first frame, 16 bits as 8, transparency on white."""
     image = Image.open(file, formats=FORMATS)
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError("a strip")
     image.load()
     with suppress(Exception):                     # broken EXIF turns nothing; it raises some ten kinds
         image = ImageOps.exif_transpose(image)
@@ -74,7 +74,7 @@ def adm_crop(image, size):
 
 
 def list_folder(path):
-    """Names of the files under a folder. Links lead to each folder once."""
+    """Names of what is under a folder, of folders with a "/". Links lead to each folder once."""
     names, seen, waiting = [], {os.path.realpath(path)}, [""]
     while waiting:
         inside = waiting.pop()
@@ -86,16 +86,17 @@ def list_folder(path):
             elif entry.is_dir() and (place := os.path.realpath(entry)) not in seen:
                 seen.add(place)
                 waiting.append(f"{inside}{entry.name}/")
+                names.append(waiting[-1])
     return names
 
 
 def list_archive(archive):
-    """Names of the files in a .zip; and the one folder around them, which they are without, or ""."""
-    names = {name for name in archive.namelist() if not name.endswith("/")}
-    names = [name for name in names if not any(part.startswith(SYSTEM) for part in name.split("/"))]
+    """Likewise of a .zip; and the one folder around all of it, which the names are without, or ""."""
+    names = [name for name in archive.namelist()
+             if not any(part.startswith(SYSTEM) and part != "." for part in name.split("/"))]
     tops = {name[:name.find("/") + 1] for name in names}
     top = tops.pop() if len(tops) == 1 else ""
-    return [name[len(top):] for name in names], top
+    return [name[len(top):] for name in dict.fromkeys(names)], top
 
 
 class Images:
@@ -104,7 +105,7 @@ class Images:
     Class ids follow the sorted folder names (for ImageNet's wnids: the published ids); images without class
     folders are one class. Attributes: `classes` (names), `paths` (sorted by class, then name), `labels` (N,),
     `sha256` (of names; of a .zip's contents, too). An index >= N is the flipped copy of index - N.
-    InputError: no images, some beside class folders, unreadable ones."""
+    InputError: no images there, unreadable ones, or other folders than of classes."""
 
     def __init__(self, path, image_size):
         self.path, self.image_size, self.zip, self.top = Path(path), image_size, None, ""
@@ -117,19 +118,24 @@ class Images:
                 raise InputError(f"{path} is no folder and no whole .zip ({error})") from error
             names, self.top = list_archive(self.zip)
         images = [name for name in names if name.rpartition(".")[2].lower() in SUFFIXES]
+        if any("\\" in name for name in images):
+            raise InputError(f"{path} has names with backslashes: pack it anew")
         if not images:
             raise InputError(f"{path} holds no images ({' '.join(SUFFIXES)}): give class folders")
         pairs = sorted((name.partition("/")[0] if "/" in name else "", name) for name in images)
         classes = sorted({folder for folder, _ in pairs})
         if classes[0] == "" and len(classes) > 1:
             raise InputError(f"{path}: {pairs[0][1]} lies beside the class folders: move it")
+        if empty := {name.partition("/")[0] for name in names if "/" in name} - {*classes}:
+            raise InputError(f"{path}: {min(empty)} holds no images: fill or remove it")
         self.classes = [name or self.path.resolve().stem for name in classes]
         self.paths = [name for _, name in pairs]
         ids = {folder: i for i, folder in enumerate(classes)}
         self.labels = torch.tensor([ids[folder] for folder, _ in pairs])
         sums = [self.zip.getinfo(self.top + name).CRC for name in self.paths] if self.zip else None
         self.sha256 = sha256([self.classes, self.paths, sums])
-        if others := collections.Counter(Path(name).suffix.lower() for name in set(names) - set(images)):
+        others = (name for name in set(names) - set(images) if name[-1:] not in ("", "/"))
+        if others := collections.Counter(Path(name).suffix.lower() for name in others):
             say(f"{path}: left out: {', '.join(f'{n:,} {suffix}' for suffix, n in others.most_common())}")
 
     def __len__(self):
@@ -161,9 +167,7 @@ def sha256(content):
 
 
 def read_ahead(read, batches, threads):
-    """read(batch) for each of `batches`, in order; ahead in threads, if any.
-
-    Threads are enough: Pillow, numpy and torch let go of Python's lock."""
+    """read(batch) for each of `batches`, in order; ahead in threads, if any, which Python's lock lets run."""
     if not threads:
         yield from map(read, batches)
         return
@@ -177,7 +181,7 @@ def read_ahead(read, batches, threads):
             yield waiting.popleft().result()
 
 
-# ---- The encoder -----------------------------------------------------
+# ---- The encoder ----
 # transformers' vision towers: the class, its last LayerNorm, the published mean and std of its pixels.
 # SigLIP 2 of fixed size comes in SigLIP's classes.
 IMAGENET, HALF = [list(IMAGE_MEAN), list(IMAGE_STD)], [[0.5] * 3, [0.5] * 3]
@@ -196,7 +200,7 @@ class Encoder(nn.Module):
 
     source: a folder or Hub id. encoder_size: pixels, default image_size * patch / 16 (G = image_size / 16).
     precision: "fp32" or "bf16" (autocast). `about`: what it is; latents follow from its "identity".
-    InputError: no such encoder, sizes that do not fit its patches."""
+    InputError: no such encoder, or no such size."""
 
     def __init__(self, source=DINOV2, image_size=256, encoder_size=None, precision="fp32"):
         super().__init__()
@@ -204,7 +208,7 @@ class Encoder(nn.Module):
         config = self.net.config
         patch, self.kind, self.precision = config.patch_size, kind, precision
         self.encoder_size = encoder_size or image_size * patch // 16
-        if self.encoder_size % patch:
+        if self.encoder_size % patch or not encoder_size and image_size % 16:
             raise InputError(f"--encoder-size {self.encoder_size} must be a multiple of {patch}, its patches")
         self.shape = (config.hidden_size, self.encoder_size // patch, self.encoder_size // patch)
         config.mask_ratio = 0.0                   # MAE's: nothing is masked
@@ -250,11 +254,13 @@ def load_tower(source):
             try:
                 said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
                 image_norm = [said["image_mean"], said["image_std"]]
-            except (OSError, KeyError):
+            except (OSError, KeyError) as error:
+                if "valid JSON" in str(error):
+                    raise
                 say(f"{source} has no preprocessor_config.json with image_mean: {image_norm}, as published")
+            torch.tensor(image_norm).view(2, 3)
     except Exception as error:                    # transformers raises a dozen kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"no encoder {source} ({reason}): give a folder or Hub id; "
+        raise InputError(f"no encoder {source} ({error!s:.200}): give a folder or Hub id; "
                          "sanity/random_encoder.py makes an untrained one") from error
     if not name or notes["missing_keys"]:
         found = "lacks weights" if name else f"is of model_type {kind}"
@@ -264,7 +270,7 @@ def load_tower(source):
     return net, kind, image_norm
 
 
-# ---- The format's readers --------------------------------------------
+# ---- The format's readers ----
 def read_about(folder):
     """latents.json of a finished folder."""
     if not Path(folder, "latent_stats.safetensors").exists():
@@ -298,7 +304,7 @@ def read_shard(folder, about, k, check=False):
 
 class Latents:
     """The latents of a folder, as maps of its shards. Attributes: `shape` (C, H, W), `classes` (names),
-    `stats` ({"mean", "var"}), `labels` (N,), `about` (latents.json), `sha256`. InputError: none, or cut."""
+    `stats` ({"mean", "var"}), `labels` (N,), `about` (latents.json), `sha256`."""
 
     def __init__(self, folder):
         self.about = read_about(folder)
@@ -318,8 +324,8 @@ class Latents:
         return torch.stack([self.shards[k][i] for k, i in places]), self.labels[indices]
 
 
-# ---- The order in which training sees them ---------------------------
-@functools.lru_cache(maxsize=2)                   # a batch may straddle two
+# ---- The order in which training sees them ----
+@functools.lru_cache(maxsize=2)
 def epoch(number, count, seed, flips):
     """A permutation of range(count) that follows from (seed, number) alone; flips: + count for about half."""
     order = torch.randperm(count, generator=generator("cpu", seed, "epoch", number))
@@ -341,9 +347,9 @@ def batches_of(count, seed, batch_size, rows, first_step, last_step, flips=False
 
 class TrainingData:
     """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes
-    (its shards are not needed), with random flips where its latents have them.
+   , with random flips where its latents have them.
 
-    Attributes as of Latents; `about` is for a run's records, `sha256` of the contents, wherever they lie."""
+    Attributes as of Latents; `sha256` is of the contents, wherever they lie."""
 
     def __init__(self, latents, data_path=None):
         about = read_about(latents)
@@ -359,9 +365,7 @@ class TrainingData:
         self.sha256 = sha256([made, self.classes, digest_of(self.stats), self.data.sha256])
 
     def batches(self, args, rows, first_step, device):
-        """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`.
-
-        args: `seed`, `batch_size`, `steps`, `workers`."""
+        """Raw latents (B, C, H, W), labels (B,) on `device`, for each step and (start, stop) of `rows`."""
         def read(indices):
             batch = self.data.read(indices)
             return [x.pin_memory() for x in batch] if device.type == "cuda" else batch
@@ -372,10 +376,10 @@ class TrainingData:
             yield encode(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
 
-# ---- Encoding --------------------------------------------------------
+# ---- Encoding ----
 @torch.no_grad()
 def encode(images, encoder, out, flips=False, batch_size=64, workers=1, shard_size=4096):
-    """Encode `images` (an Images) into the folder `out`; the same call goes on. Processes share the work.
+    """Encode `images` (an Images) into the folder `out`; the same call goes on.
 
     encoder: an Encoder; or a module of one's own, uint8 (B, 3, S, S) -> raw latents (B, C, G, G), with
     `shape` (C, G, G) and `digest`, a text that changes when its latents do.
@@ -423,7 +427,8 @@ def write_latents(out, latents, labels, classes=None, made_by="given", shard_siz
     InputError: shapes or classes do not fit; or as of `encode`."""
     latents, labels = torch.as_tensor(latents).detach(), torch.as_tensor(labels)
     classes = list(map(str, range(int(labels.max()) + 1) if classes is None else classes))
-    if latents.ndim != 4 or len(latents) != len(labels) or labels.unique().tolist() != [*range(len(classes))]:
+    fits = latents.ndim == 4 and latents.shape[2] == latents.shape[3] and latents.shape[:1] == labels.shape
+    if not fits or labels.unique().tolist() != [*range(len(classes))]:
         raise InputError(f"latents {[*latents.shape]}, labels {[*labels.shape]}, {len(classes)} classes: "
                          "give (N, C, G, G), and (N,) numbers of classes, each of which occurs")
     contents = digest_of({"latents": latents, "labels": labels})
@@ -456,7 +461,7 @@ def write_shard(out, about, k, z, y):
 
 
 def finish(out, about, made):
-    """Write the statistics, by the shards' sums. Shards not `made` just now are read as a whole."""
+    """Write the statistics, by the shards' sums; those not `made` just now are read as a whole."""
     shards = [read_shard(out, about, k, check=k not in made)[0] for k in range(about["shards"])]
     count = sum(len(shard["labels"]) for shard in shards)
     mean, square = (sum(shard[name] for shard in shards) / count for name in ("sum", "squares"))

@@ -66,6 +66,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     mean_1, cov_1, mean_2, cov_2 = moments
     if mean_1.shape != mean_2.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
         raise InputError(f"moments of shapes {[x.shape for x in moments]} are not of one kind of features")
+    if not all(np.isfinite(x).all() for x in moments):
+        raise InputError("a mean or a covariance is not finite: a damaged file?")
     roots = []
     for cov in (cov_1, cov_2):
         values, vectors = eigh((cov + cov.T) / 2)
@@ -190,7 +192,7 @@ def dinov2(source, device):
         net = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         if not net.config.model_type.startswith("dinov2"):
             raise ValueError(f"a {net.config.model_type}")
-    except (OSError, ValueError) as error:
+    except Exception as error:                    # transformers raises a dozen kinds
         raise InputError(f"--features {source} is no DINOv2, here or on the Hub ({error})") from error
     net = net.eval().to(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
@@ -227,8 +229,8 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
 
     Each process takes consecutive images, as the Inception Score's splits go by order."""
     count = len(images)
-    if count < 4:
-        raise InputError(f"{count} images are too few: give 4 at least, and to publish 50,000")
+    if count < max(4, world):
+        raise InputError(f"{count} images are too few: give {max(4, world)} at least, and to publish 50,000")
     start, stop = rank * count // world, (rank + 1) * count // world
     keep = torch.zeros(count, dtype=torch.bool)
     keep[torch.arange(kept) * count // max(kept, 1)] = True
@@ -276,6 +278,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.samples and not args.save_statistics:
         parser.error("give SAMPLES, or --save-statistics FILE")
+    if 0 < args.pr_images < 4:
+        parser.error(f"--pr-images {args.pr_images}: 0, or at least 4")
     if args.samples and not args.out:
         kind = re.sub(r"\W+", "-", args.features)
         args.out = f"{str(Path(args.samples)).removesuffix('.npz')}.{kind}.json"

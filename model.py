@@ -539,7 +539,7 @@ def launch(hours=0.5):
     """Join torchrun's processes, if any. Returns (device, rank, number of processes).
 
     hours: how long one waits for another. InputError: srun's tasks, or no GPU for each process."""
-    by_torchrun = "WORLD_SIZE" in os.environ
+    by_torchrun = "RANK" in os.environ
     if not by_torchrun and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise InputError("srun started several tasks, all with the same work: let each node run torchrun "
                          "--nnodes=N --nproc_per_node=GPUS ... (the script's first lines show it)")
@@ -1085,8 +1085,6 @@ def begin_run(about, net, average, optimizer):
     if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:
         raise InputError(f"{out} has not the same state for all processes: it must lie on a disk they share")
     if is_first():
-        if not step:
-            (out / "log.jsonl").unlink(missing_ok=True)       # of a start that was killed before it saved
         write_json(out / "run.json", {"settings": settings, **provenance()})
         for half in out.glob(".state_*.tmp"):     # of a writer that was killed
             half.unlink()

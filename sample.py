@@ -206,14 +206,13 @@ def main(argv=None):
 
     starts = range(0, count, args.batch_size)
     batches = [range(i, min(i + args.batch_size, count)) for i in starts]
-    if args.grid and is_first():
-        shown = count if picture_alone else min(count, 64)
+
+    def show(shown):
         made = [make(indices) for indices in batches if indices[0] < shown]
-        images = torch.cat([batch["images"] for batch in made])[:shown]
-        labels = torch.cat([batch["labels"] for batch in made])[:shown]
+        images, labels = (torch.cat([batch[name] for batch in made])[:shown] for name in ("images", "labels"))
         draw_grid(args.grid, images.numpy(), labels.tolist(), classes)
     if picture_alone:
-        return
+        return show(count) if is_first() else None
 
     # Every process makes its share of the batches that are missing; the first one bundles them
     *_, run, name = Path(args.network).absolute().parts
@@ -253,6 +252,8 @@ def main(argv=None):
         with suppress(OSError):                   # something of the user's is in it
             parts.rmdir()
         say(f"{out}: {count:,} images")
+        if args.grid:
+            show(min(count, 64))
 
 
 if __name__ == "__main__":

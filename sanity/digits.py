@@ -3,7 +3,7 @@
     python sanity/digits.py --out data/digits     -> data/digits/train/CLASS/00000.png, .../held-out/...
 
 Ten classes; size, place, angle and the two colours vary. An image follows from split, class and index alone,
-so that asking for more changes none of the earlier ones.
+so that asking for more changes no earlier one.
 """
 import functools
 import math
@@ -84,11 +84,13 @@ def main(argv=None):
     args = parse_args(argv)
     out, settings = Path(args.out), {name: x for name, x in vars(args).items() if name != "out"}
     lock(out.with_name(f".{out.name}.lock"))
-    if out.exists():
+    if out.is_dir() and any(out.iterdir()):
         refuse_other(out, read_json(out / "digits.json"), settings)
         return say(f"{out} is there")
-    half = out.with_name(f".{out.name}.tmp")      # `out` is whole or absent
-    shutil.rmtree(half, ignore_errors=True)       # of a call that was killed
+    # A killed call's workers go on, in its folder.
+    for half in out.parent.glob(f".{out.name}.*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
+    half = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     jobs = [(half, split, digit, count // 10, args.image_size)
             for split, count in zip(SPLITS, (args.train, args.held_out), strict=True) for digit in range(10)]
     try:

@@ -76,7 +76,7 @@ def main(argv=None):
     latents, images, encoder = open_pairs(args.data_path, args.latents, device, args.feature_weight > 0)
     spread = latents.stats["var"].mean().sqrt().item()
     made_by = latents.about["encoder"]
-    kept_out = min(HELD_OUT, len(latents) // 4)
+    kept_out = min(HELD_OUT, max(1, len(latents) // 4))
     g = generator("cpu", args.seed, "decoder", "held out")
     order = torch.randperm(len(latents), generator=g).tolist()
 

@@ -98,7 +98,15 @@ def test_classes_of_folders(data, tmp_path):
     (tmp_path / "none").mkdir()
     dot(tmp_path / "both/x/y.png")
     dot(tmp_path / "both/z.png")
-    for name, complaint in (("nowhere", "is no folder"), ("none", "no images"), ("both", "z.png lies beside")):
+    dot(tmp_path / "empty/a/1.png")
+    (tmp_path / "empty/b").mkdir()
+    for top in ("./train/", "train\\"):
+        with zipfile.ZipFile(tmp_path / f"{len(top)}.zip", "w") as archive:
+            for path in data.glob("*/*.png"):
+                archive.write(path, top + str(path.relative_to(data)))
+    assert Images(tmp_path / "8.zip", 8).classes == ["train"]                        # not hidden
+    for name, complaint in (("nowhere", "is no folder"), ("none", "no images"), ("both", "z.png lies beside"),
+                            ("empty", "b holds no images"), ("6.zip", "names with backslashes")):
         with pytest.raises(InputError, match=complaint):
             Images(tmp_path / name, 8)
 
@@ -165,6 +173,7 @@ def odd_images():
     broken = {
         "text.jpg": b"<html>404</html>", "cut.jpg": jpeg[:len(jpeg) // 2],
         "float.tif": saved(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
+        "strip.png": saved(Image.new("RGB", (2020, 20)), "PNG"),
         "32 bits.tif": saved(Image.fromarray(grey.astype(np.int32) << 20), "TIFF"),
         "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"}
     return odd | {name: (data, None) for name, data in broken.items()}

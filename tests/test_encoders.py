@@ -139,6 +139,11 @@ def test_others_are_refused(tmp_path, monkeypatch):
     for source, size, complaint in ((tmp_path / "none", 16, "no encoder"), (tmp_path, 18, "--encoder-size 18 must be a multiple of 4")):
         with pytest.raises(InputError, match=complaint):
             Encoder(source, 16, size)
+    for said in ('{"image_mean": [0.5', '{"image_mean": null, "image_std": 1}'):
+        (tmp_path / "preprocessor_config.json").write_text(said)
+        with pytest.raises(InputError, match="no encoder"):
+            Encoder(tmp_path, 16, 16)
+    (tmp_path / "preprocessor_config.json").unlink()
     state = model.read_tensors(tmp_path / "model.safetensors")[0][""]
     del state["encoder.layer.1.norm1.weight"]
     model.write_tensors(tmp_path / "model.safetensors", {"": state})
@@ -269,6 +274,7 @@ def test_given_latents_train_a_teacher(tmp_path):
     for complaint, call in {
             "other work": lambda: write_latents(tmp_path / "a", z + 1, y, *more),
             "not finite in float16": lambda: write_latents(tmp_path / "c", 1e6 * z, y),
+            "latents .10, 4, 32, 31.": lambda: write_latents(tmp_path / "d", z[..., :31], y),
             "labels .9., 3 classes: give .N, C, G, G., and .N,. numbers": lambda: write_latents(tmp_path / "d", z, y[:9]),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
             "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():

@@ -211,6 +211,7 @@ def test_wrong_samples_references_and_networks():
     for name, array in {"fortran": np.asfortranarray(images), "few": images[:3], "size": images[:, :16, :16], "objects": [{}, {}]}.items():
         np.savez(f"{name}.npz", arr_0=array)
     np.savez("mu.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez("nan.npz", mu=np.nan * MOMENTS["mu"], sigma=MOMENTS["sigma"])
     data = bytearray(Path("samples.npz").read_bytes())
     data[len(data) // 2] ^= 255
     Path("turned.npz").write_bytes(data)
@@ -221,7 +222,7 @@ def test_wrong_samples_references_and_networks():
             "turned.npz is not a readable .npz .* CRC": dict(samples="turned.npz"), "no whole .zip": dict(samples="text"),
             "it is object": dict(samples="objects.npz"), "Fortran order": dict(samples="fortran.npz"),
             "3 images are too few": dict(samples="few.npz"), "of 16 pixels a side, the reference of 32": dict(samples="size.npz"),
-            "not of one kind of features": dict(flags="mu.npz"), "has statistics of None, not of": dict(flags="other.safetensors"),
+            "not of one kind of features": dict(flags="mu.npz"), "covariance is not finite": dict(flags="nan.npz"), "has statistics of None, not of": dict(flags="other.safetensors"),
             "are not finite": dict(net="nan.pt"), "cannot load text": dict(net="text")}.items():
         with pytest.raises(InputError, match=message):
             run(**{"flags": "reference.npz", **given})

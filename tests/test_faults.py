@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import STAGES, arguments, complain, lively, log, run_on, save_network, train
+from runs import STAGES, arguments, complain, lively, run_on, save_network, train
 
 import model
 import train_teacher
@@ -100,7 +100,7 @@ def test_a_folder_of_others_is_refused(home, run, tmp_path):
         path.unlink()
     refuses("holds other work .seed", home, "teacher", run, TWO, "--seed 1")
     train(home, "teacher", run, TWO)
-    assert [line["step"] for line in log(run)] == [1, 2]
+    assert [line["step"] for line in model.read_log(run)] == [1, 2]
 
 
 @pytest.mark.parametrize("stage", STAGES)

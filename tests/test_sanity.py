@@ -67,7 +67,7 @@ def test_digits_follow_from_their_key():
 
 def test_digits_folder(tmp_path):
     argv = [f"--out={tmp_path}/digits", *"--train 20 --held-out 10".split()]
-    stale = tmp_path / ".digits.tmp/train/0/00009.png"        # of a call for more that was killed
+    stale = tmp_path / ".digits.1.tmp/train/0/00009.png"        # of a call for more that was killed
     stale.parent.mkdir(parents=True)
     stale.touch()
     digits.main(argv)
