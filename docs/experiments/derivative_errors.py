@@ -2,10 +2,10 @@
 
     python docs/experiments/derivative_errors.py --run runs/sanity       # a minute on a CPU
 
-Of the training's rows: real latents, shifted times s < t, the teacher's velocity as tangent. Prints the norm of
-the error over the norm of dh/dt, all rows together, and in brackets the median over rows. The student is evaluated
-in the precision named; the rest is float32 (float64 in the first column). Training never takes finite differences
-in bf16 or TF32.
+Of the training's rows: real latents, shifted times s < t, the teacher's velocity as tangent. Prints the norm
+of the error over the norm of dh/dt, all rows together, and in brackets the median over rows. The student is
+evaluated in the precision named; the rest is float32 (float64 in the first column). Training never takes
+finite differences in bf16 or TF32.
 """
 import sys
 from pathlib import Path

@@ -19,7 +19,8 @@ from model import command, load_network
 from train_meanflow import meanflow_loss
 
 RUN, ROWS = "runs/sanity", 512
-STUDENTS = ("runs/sanity/cmt", "runs/experiments/b/0/MFD__published", "runs/experiments/b/0/MFD__p___0.5__c___0.1")
+B = "runs/experiments/b/0"
+STUDENTS = (f"{RUN}/cmt", f"{B}/MFD__published", f"{B}/MFD__p___0.5__c___0.1")
 
 
 def main():

@@ -3,8 +3,8 @@
     python docs/experiments/gradient_variance.py --run runs/sanity \\
         CMT=runs/sanity/cmt middle=runs/experiments/k/0/MFD/state_00000580.safetensors end=runs/experiments/k/0/MFD
 
-For each student, kind of rows and target, over 64 batches of 64 rows, the same for all: the variance of the whole
-gradient, E |g - E g|^2, and |E g|^2 without the bias that this variance leaves in it, the signal.
+For each student, kind of rows and target, over 64 batches of 64 rows, the same for all: the variance of the
+whole gradient, E |g - E g|^2, and |E g|^2 without the bias that this variance leaves in it, the signal.
 
     MFD, eta 0.5, MFT    u = w - (t - s) D_w h,            w of eta
     MFT, direction v     u = (eps - z_0) - (t - s) D_v h,  v the teacher's velocity

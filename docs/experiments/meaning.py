@@ -1,12 +1,12 @@
-"""Experiment i: does a semantic latent space make guidance unnecessary? Photographs, three encoders of one size.
+"""Experiment i: does a semantic latent space make guidance unnecessary? Three encoders of photographs.
 
     docs/experiments/photographs.sh cifar10_train.zip split       # runs/photographs/train.zip, held-out.zip
     python docs/experiments/meaning.py                            # a second call goes on
 
-An arm: encoder, latents, decoder; a teacher from each of two seeds, sampled with guidance 1 (none), 1.5 and 2;
-of the first, CMT and MFD, sampled in one step. The report's classifier, fitted to the training images, measures
-all of it against 2,000 images kept out; and against these as the arm's encoder and decoder give them back, which
-leaves out what a decoder cannot draw.
+An arm: encoder, latents, decoder; a teacher from each of two seeds, sampled with guidance 1 (none), 1.5 and
+2; of the first, CMT and MFD, sampled in one step. The report's classifier, fitted to the training images,
+measures it against 2,000 images kept out; and against these as the arm's encoder and decoder give them back,
+which leaves out what a decoder cannot draw.
 """
 import os
 import sys
@@ -27,7 +27,7 @@ from sanity.train_encoder import BANK, knn_accuracy
 DATA, RUNS, CPU = "runs/photographs", "runs/experiments/i", torch.device("cpu")
 TRAINED = f"sanity/train_encoder.py --data-path {DATA}/train.zip --flips --steps 6000"
 ENCODERS = {"random": "sanity/random_encoder.py", "labels": TRAINED, "self": f"{TRAINED} --objective self"}
-RATES = ("2e-3", "1e-3")                          # of the teacher; the better one of the random arm is every arm's
+RATES = ("2e-3", "1e-3")                          # of the teacher; the random arm's better one is every arm's
 GUIDANCE = (1, 1.5, 2)
 STEPS = dict(decoder=2000, teacher=8000, cmt=250, mfd=1450)
 SAMPLES = 2000
@@ -51,7 +51,8 @@ class Arm:
         return f"{stage} {self.common} --steps {steps} --out {self.at}/{name} {more}"
 
     def teacher(self, name, steps, lr, seed=0):
-        return self.train(TEACHER, name, steps, f"--batch-size 64 --lr {lr} --lr-final 2e-5 --ema 0.999", seed)
+        flags = f"--batch-size 64 --lr {lr} --lr-final 2e-5 --ema 0.999"
+        return self.train(TEACHER, name, steps, flags, seed)
 
     def cmt(self, teacher, steps):
         return self.train(CMT, "cmt", steps, f"--teacher {self.at}/{teacher}")
@@ -71,12 +72,14 @@ def plan(name, rate):
 
     def teacher(seed, lr):
         run, flags = f"teacher-{seed}-{lr}", "--nfe 50 --solver heun --guidance"
-        return [arm.teacher(run, STEPS["teacher"], lr, seed),
-                *(arm.sample(run, f"teacher {seed}, w = {w}", f"{run}-w{w}", f"{flags} {w}", seed) for w in GUIDANCE)]
+        samples = [arm.sample(run, f"teacher {seed}, w = {w}", f"{run}-w{w}", f"{flags} {w}", seed)
+                   for w in GUIDANCE]
+        return [arm.teacher(run, STEPS["teacher"], lr, seed), *samples]
 
+    encoder = f"{ENCODERS[name]} --out {arm.at}/encoder --width 128 --depth 6 --heads 4 --patch 8"
     encode = (f"encode_latents.py --data-path {DATA}/train.zip --out {arm.at}/latents --image-size 32 "
               f"--encoder-size 32 --flips --encoder {arm.at}/encoder --batch-size 250 --workers 0")
-    first = [f"{ENCODERS[name]} --out {arm.at}/encoder --width 128 --depth 6 --heads 4 --patch 8", encode, arm.decoder(STEPS["decoder"])]
+    first = [encoder, encode, arm.decoder(STEPS["decoder"])]
     rates = [[teacher(0, lr) for lr in RATES]] if name == "random" else []
     teachers, base = [teacher(0, rate), teacher(1, rate)], f"teacher-0-{rate}"
     students = [arm.cmt(base, STEPS["cmt"]), arm.sample("cmt", "CMT 1", "cmt"),
@@ -109,7 +112,7 @@ class Judge:
         return features, (logits.argmax(1) == labels).float().mean().item()
 
     def sets(self, rows, encoder, decoder):
-        """-> {row: images and labels}, of training images and samples; and the images kept out, all decoded."""
+        """-> {row: images, labels}, of training images and samples; and the images kept out, decoded."""
         other, kept_out = (decode(images, encoder, decoder, CPU) for images in (self.other, self.real))
         sets = {"real": (self.other, self.other_labels), "decoded real": (other, self.other_labels)}
         return sets | {row: read_samples(path, 32, 10) for row, path in rows.items()}, kept_out

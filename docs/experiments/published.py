@@ -5,7 +5,7 @@
 
 labels     the student drops labels once more, in one row in ten and anew in each of its evaluations, so
            that the ends of a finite difference can see different labels
-embedding  the new embedding of t - s starts with torch's random weights: the student is not its teacher at first
+embedding  the new embedding of t - s starts with torch's random weights: at first, the student is another
 times      CMT calls the points of a trajectory by evenly spaced times, though the solver's were shifted
 direction  not published: the derivative goes along the student's own velocity h(z_t, t, y, t), whatever w is
            (as a direction the one-point velocity is noisy, arXiv 2605.09235)
@@ -66,7 +66,8 @@ def along_the_student(stage):
 if __name__ == "__main__":
     stage = importlib.import_module(Path(sys.argv[2]).stem)
     for name in sys.argv[1].split(","):
-        {"labels": drop_labels, "embedding": random_embedding, "times": lambda: even_times(stage.TrajectoryPool),
+        {"labels": drop_labels, "embedding": random_embedding,
+         "times": lambda: even_times(stage.TrajectoryPool),
          "direction": lambda: along_the_student(stage)}[name]()
     sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]        # for run.json's record of the command
     command(stage.main)

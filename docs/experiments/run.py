@@ -32,8 +32,9 @@ COMMON = "--seed {seed} --precision fp32 --log-every 50 --save-every 500 --keep 
 TEACHER = ("train_teacher.py --preset DiTDH-mini --time-shift 2.5 --batch-size 32 --lr 2e-3 --lr-final 5e-5 "
            "--decay-from 0.4 --latents {run}/latents " + COMMON)
 CMT = "train_cmt.py --steps 250 --batch-size 32 --pairs 16 --lr 1e-3 --lr-final 5e-5 --ema 0.99 " + COMMON
-MFD = ("train_meanflow.py --steps 1450 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 --ema 0.995 "
-       "--derivative fd --loss-form mean --loss-power 0.5 --loss-eps 0.1 --latents {run}/latents " + COMMON)
+MFD = ("train_meanflow.py --steps 1450 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 "
+       "--ema 0.995 --derivative fd --loss-form mean --loss-power 0.5 --loss-eps 0.1 "
+       "--latents {run}/latents " + COMMON)
 STUDENT = f"{MFD} --teacher {{run}}/teacher --init {{run}}/cmt --out {{out}}"
 CMT_FIRST = f"{CMT} --teacher {{run}}/teacher --out {{out}}-cmt"
 RANDOM = f"{TEACHER} --steps 1 --lr 1e-12 --lr-final 1e-12 --out {{exp}}/random"
@@ -54,8 +55,8 @@ EXPERIMENTS = {}
 
 
 def experiment(letter, arms, nfe=(1,), also=None, first=(), run=None):
-    """arms: {name: a command, or a chain of them, of which the last one's --out is sampled in `nfe` evaluations};
-    also: {row: "NETWORK FLAGS"} to sample besides; first: commands before the arms; run: the folder of starts."""
+    """arms: {name: a command, or a chain, of which the last one's --out is sampled in `nfe` evaluations};
+    also: {row: "NETWORK FLAGS"} to sample besides; first: commands before the arms; run: where they start."""
     arms = {name: [chain] if isinstance(chain, str) else chain for name, chain in arms.items()}
     EXPERIMENTS[letter] = dict(arms=arms, nfe=nfe, also=also or {}, first=first, run=run)
 
@@ -69,7 +70,7 @@ def states(name, steps):
     return {f"{name}, step {k}": f"{{exp}}/{slug(name)}/state_{k:08d}.safetensors --nfe 1" for k in steps}
 
 
-# a: with and without CMT; then each ingredient of the published code alone and together, at our rate and theirs.
+# a: with and without CMT; then the published code's ingredients, alone and together, at our rate and theirs.
 ALL = f"{PUBLISHED_WEIGHT} --derivative fd-central"
 ALONE = {   # ingredients, flags; from the teacher's weights only
     "labels": ("labels", ""), "embedding": ("embedding", ""), "stencil": ("", "--derivative fd-central"),
@@ -100,13 +101,14 @@ def explosion(letter, recipes, starts=STARTS, more="", **how):
 def elsewhere(letter, encoder, recipes, more="", teacher=2600, of_teacher="", of_cmt=""):
     """a, at another latent dimension or with another network: all from the latents on anew, in {exp}/base.
 
-    teacher: its steps; of_teacher, of_cmt, more: flags of teacher, CMT and MFD. The dimension grows by the number
-    of tokens: a token of more channels than the head is wide (160) could not be told from noise."""
+    teacher: its steps; of_teacher, of_cmt, more: flags of teacher, CMT and MFD. The dimension grows by the
+    number of tokens: one of more channels than the head is wide (160) could not be told from noise."""
     data = "--data-path data/digits/train"
     first = [f"sanity/random_encoder.py --out {{run}}/encoder {encoder}",
              f"encode_latents.py {data} --image-size 32 --encoder-size 32 --batch-size 256 --workers 0 "
              "--out {run}/latents --encoder {run}/encoder",
-             f"sanity/train_decoder.py {data} --latents {{run}}/latents --out {{run}}/decoder --seed {{seed}}",
+             f"sanity/train_decoder.py {data} --seed {{seed}} "
+             "--latents {run}/latents --out {run}/decoder",
              *teacher_and_cmt(teacher, "{run}", of_teacher, of_cmt)]
     recipes = {name: (RECIPES | CONSTANT)[name] for name in recipes}
     explosion(letter, recipes, more=more, first=first, run="{exp}/base")
@@ -128,7 +130,7 @@ WEIGHTS = {
     "published, lr 1e-4": f"{PUBLISHED_WEIGHT} {PUBLISHED_RATE}"}
 experiment("b", {f"{name}, {weight}": f"{STUDENT} {flags} {eta}"
                  for name, eta in (("MFD", ""), ("MFT", "--eta 0")) for weight, flags in WEIGHTS.items()})
-# Of sums, as other public codes have them: S / (S + c) is m / (m + c / 1024), m the mean over a latent's 1,024.
+# Of sums, as other codes have them: S / (S + c) is m / (m + c / 1024), m a latent's mean over 1,024.
 experiment("b-constants", {
     "p = 0.5, c = 0.1": STUDENT, "p = 0.5, c = 1e-2": f"{STUDENT} --loss-eps 1e-2",
     "p = 1, c = 1, summed": f"{STUDENT} --loss-power 1 --loss-eps {1 / 1024:.3g}",
@@ -159,8 +161,8 @@ experiment("d", {"exact": f"{STUDENT} --derivative jvp", **arms}, nfe=(1, 2))
 arms, also = {}, {}
 for kind, folder in (("good", "{run}"), ("weak", "{exp}/weak")):
     start = f"{MFD} --teacher {folder}/teacher --init {folder}/cmt"
-    for name, flags in (("MFD", ""), ("eta 0.5", "--eta 0.5"), ("eta 1 to 0", "--eta 1 0"), ("MFT", "--eta 0")):
-        arms[f"{kind} teacher, {name}"] = f"{start} --out {{out}} {flags}"
+    for name, eta in (("MFD", "1"), ("eta 0.5", "0.5"), ("eta 1 to 0", "1 0"), ("MFT", "0")):
+        arms[f"{kind} teacher, {name}"] = f"{start} --out {{out}} --eta {eta}"
     arms[f"{kind} teacher, MFD then MFT"] = [
         f"{start} --steps 1000 --out {{out}}-first",
         f"{MFD} --steps 450 --lr 1e-4 --eta 0 --init {{out}}-first --out {{out}}"]
@@ -193,8 +195,8 @@ experiment("h", {}, also=also)
 # CMT 3 + 1 (16 solver steps, 16 pairs), MFD 3 + 1 + 2 / 4 (two ends of a difference in one row of four),
 # MeanFlow 3 + 2 / 4. 3,120 steps cost what all of teacher, CMT and MFD do.
 BEFORE_MFD, EACH_MFD, EACH_MEANFLOW = 2600 * 32 * 3 + 250 * 32 * 4, 64 * 4.5, 64 * 3.5
-MEANFLOW = (f"{MFD} --eta 0 --init {{exp}}/random --out {{out}} --steps 3120 --lr-final 5e-5 --decay-from 0.4 "
-            "--ema 0.998 --save-every 520 --keep-every 520")
+MEANFLOW = (f"{MFD} --eta 0 --init {{exp}}/random --out {{out}} --steps 3120 --lr-final 5e-5 "
+            "--decay-from 0.4 --ema 0.998 --save-every 520 --keep-every 520")
 experiment("k-rates", first=[RANDOM], arms={
     "MeanFlow, lr 2e-3": f"{MEANFLOW} --lr 2e-3", "MeanFlow, lr 7e-4": f"{MEANFLOW} --lr 7e-4",
     "MeanFlow, published weight, lr 7e-4": f"{MEANFLOW} --lr 7e-4 {PUBLISHED_WEIGHT}",
@@ -224,10 +226,11 @@ def plan(letter, seed):
             rows[row] = f"{out} --nfe {n}"
     rows |= {row: fill(network) for row, network in how["also"].items()}
     files = {row: f"{exp}/samples/{slug(row)}.npz" for row in rows}
+    columns = shlex.join(f"{row}={path}" for row, path in files.items())
     samples = {row: f"sample.py {network} --decoder {run}/decoder --num-samples 5000 --batch-size 250 "
                     f"--seed {seed} --out {files[row]}" for row, network in rows.items()}
-    report = (f"sanity/report.py --run {exp} --data data/digits --latents {run}/latents --decoder {run}/decoder "
-              "--seed 0 --samples " + shlex.join(f"{row}={path}" for row, path in files.items()))
+    report = (f"sanity/report.py --run {exp} --data data/digits --latents {run}/latents "
+              f"--decoder {run}/decoder --seed 0 --samples {columns}")
     return exp, [fill(line) for line in how["first"]], arms, samples, report
 
 
@@ -260,18 +263,20 @@ def do(letter, seed, jobs, threads):
 
 def measured(exp, samples):
     """{row: its distances, and its training, if this experiment trained it}."""
-    rows, found, keys = {}, read_json(f"{exp}/report.json")["rows"], ("nfe", "encoder", "classifier", "accuracy")
+    rows, found = {}, read_json(f"{exp}/report.json")["rows"]
     for name, line in samples.items():
-        row, run = {key: found[name][key] for key in keys}, Path(line.split()[1])
+        row = {key: found[name][key] for key in ("nfe", "encoder", "classifier", "accuracy")}
+        run = Path(line.split()[1])
         state = re.fullmatch(r"state_0*(\d+)\.safetensors", run.name)
         lines = read_log(run.parent if state else run)
-        if state:  # what the log says there
+        if state:                                 # what the log says there
             lines = [x for x in lines if x["step"] <= int(state[1])]
             row |= {key: lines[-1][key] for key in ("mse_flow", "mse_jump", "grad_norm")}
         if run.is_relative_to(exp):
             late = lines[-max(1, len(lines) // 5):]
-            row |= dict(norm=max(x["grad_norm_max"] for x in lines), mse=statistics.mean(x["mse"] for x in late),
-                        seconds=lines[-1]["seconds"] / lines[-1]["step"], steps=lines[-1]["step"])
+            row |= {"norm": max(x["grad_norm_max"] for x in lines),
+                    "mse": statistics.mean(x["mse"] for x in late),
+                    "seconds": lines[-1]["seconds"] / lines[-1]["step"], "steps": lines[-1]["step"]}
         rows[name] = row
     return rows
 
@@ -283,8 +288,9 @@ def spaced(count, n):
 
 # ---- What it shows
 COLUMNS = {   # ratio: as the arms of a seed share its teacher and noise, it compares within seeds
-    "nfe": ("NFE", "g"), "encoder": ("Frechet distance, encoder", ".3g"), "ratio": ("of the first row's", ".3g"),
-    "classifier": ("Frechet distance, classifier", ".3g"), "accuracy": ("class accuracy", ".4f"),
+    "nfe": ("NFE", "g"), "encoder": ("Frechet distance, encoder", ".3g"),
+    "ratio": ("of the first row's", ".3g"), "classifier": ("Frechet distance, classifier", ".3g"),
+    "accuracy": ("class accuracy", ".4f"),
     "steps": ("steps", "g"), "norm": ("largest gradient norm", ".3g"), "mse": ("mse, last fifth", ".3g"),
     "seconds": ("seconds a step", ".3g")}
 
@@ -318,7 +324,7 @@ def table(rows):
     return markdown(shown)
 
 
-PLOTS = {   # what finds curve, x and the curve's other words in a row's name; what x is; a panel for each number
+PLOTS = {   # what finds a curve, x and the curve's other words in a row's name; what x is; a panel's number
     "b-length": (r"(.*), step (\d+)()", "step", ("encoder", "mse_jump", "mse_flow", "grad_norm")),
     "c": (r"(.*), (\d+) steps(, .*)", "steps of the teacher's solver", ("encoder",)),
     "f": (r"(.*), (\d+) steps()", "steps of the teacher", ("encoder",)),
@@ -344,7 +350,8 @@ def plot(letter, rows, path):
     for ax, key in zip(axes, panels, strict=True):
         for label, points in curves.items():
             x = sorted(k for k, seeds in points.items() if key in seeds[0])
-            mean, low, high = ([f(row[key] for row in points[k]) for k in x] for f in (statistics.mean, min, max))
+            mean, low, high = ([f(row[key] for row in points[k]) for k in x]
+                               for f in (statistics.mean, min, max))
             line, = ax.plot(x, mean, marker="o", markersize=3, linewidth=1, label=label)
             ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
         title = COLUMNS[key][0] if key in COLUMNS else key
@@ -367,7 +374,7 @@ def main():
     parser.add_argument("--threads", type=whole(), default=1, help="of a job")
     parser.add_argument("--plot", metavar="PNG", help=f"draw a curve too: of {', '.join(PLOTS)}")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("--print", metavar="FOLDER", help="run nothing; of the numbers kept there, LETTER-SEED.json")
+    parser.add_argument("--print", metavar="FOLDER", help="run nothing: of the numbers kept there")
     args = parser.parse_args()
     letter = args.experiment
     if args.plot and letter not in PLOTS:

