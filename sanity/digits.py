@@ -22,7 +22,7 @@ from model import (  # noqa: E402
 
 SPLITS = ("train", "held-out")
 LUMA = np.array([0.299, 0.587, 0.114])
-OVERSAMPLE = 3                                    # drawn three times as large, then averaged: smooth edges
+OVERSAMPLE = 3                                    # drawn so much larger, then averaged
 
 
 @functools.cache

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -100,13 +98,10 @@ def test_classes_of_folders(data, tmp_path):
     dot(tmp_path / "both/z.png")
     dot(tmp_path / "empty/a/1.png")
     (tmp_path / "empty/b").mkdir()
-    for top in ("./train/", "train\\"):
-        with zipfile.ZipFile(tmp_path / f"{len(top)}.zip", "w") as archive:
-            for path in data.glob("*/*.png"):
-                archive.write(path, top + str(path.relative_to(data)))
-    assert Images(tmp_path / "8.zip", 8).classes == ["train"]                        # not hidden
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as archive:
+        archive.write(data / "a/00.png", "a\\00.png")
     for name, complaint in (("nowhere", "is no folder"), ("none", "no images"), ("both", "z.png lies beside"),
-                            ("empty", "b holds no images"), ("6.zip", "names with backslashes")):
+                            ("empty", "b holds no images"), ("windows.zip", "names with backslashes")):
         with pytest.raises(InputError, match=complaint):
             Images(tmp_path / name, 8)
 
@@ -361,7 +356,7 @@ def test_training_data(data, encoded, copy, tmp_path):
 
 
 def test_shards_made_again(data, copy, monkeypatch):
-    """While they are, the folder is not finished: a kill between the last shard and the statistics leaves no old ones."""
+    """While they are, the folder is not finished."""
     (copy / "shard_00001.safetensors").unlink()
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(encode_latents, "finish", lambda *_: 1 / 0)
@@ -415,9 +410,6 @@ def test_random_encoder_is_always_the_same(tmp_path):
     encoder = Encoder(encoder_folder("e", tmp_path, width=12, depth=1, heads=2, patch=4, seed=0), 32, 32)
     assert torch.equal(state, torch.get_rng_state()) and encoder.about["untrained"]
     assert encoder.about["identity"]["sha256"] == "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"
-    images = torch.rand(1, 3, 32, 32, requires_grad=True)
-    encoder(images).square().mean().backward()
-    assert images.grad.abs().sum() > 0
 
 
 def test_random_encoder_folder(tmp_path, capsys):
@@ -427,8 +419,3 @@ def test_random_encoder_folder(tmp_path, capsys):
     assert "is there" in capsys.readouterr().out and (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="holds other work .*seed"):
         encoder_folder("e", tmp_path, seed=4)
-
-
-def test_help_is_light():
-    light = "import sys, encode_latents as e\ntry: e.main(['-h'])\nfinally: assert 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", light], cwd=Path(encode_latents.__file__).parent).returncode == 0
