@@ -38,8 +38,8 @@ SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png pnm ppm tif tiff webp".sp
 FORMATS = [kind for suffix, kind in Image.registered_extensions().items() if suffix[1:] in SUFFIXES]
 # What viewers show, and Pillow takes for an attack: long texts in a PNG, and large pictures.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = Image.MAX_IMAGE_PIXELS = 2 ** 28
-# Hidden, or what servers and Windows keep.
-SYSTEM = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN")
+# Hidden, or what systems keep.
+SYSTEM = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume", "lost+found", "__MACOSX")
 
 
 # ---- Images ----
@@ -114,7 +114,7 @@ class Images:
         else:
             try:
                 self.zip = zipfile.ZipFile(path)
-            except Exception as error:            # four kinds
+            except Exception as error:
                 raise InputError(f"{path} is no folder and no whole .zip ({error})") from error
             names, self.top = list_archive(self.zip)
         images = [name for name in names if name.rpartition(".")[2].lower() in SUFFIXES]
@@ -229,7 +229,7 @@ class Encoder(nn.Module):
         count, more = self.shape[1] * self.shape[2], {}
         if self.kind in ("siglip", "siglip_vision_model", "vit_mae"):      # the others always do
             more["interpolate_pos_encoding"] = True
-        if self.kind == "vit_mae":                # noise that rises keeps the patches' order
+        if self.kind == "vit_mae":                # rising noise keeps the order
             more["noise"] = torch.arange(count).expand(len(x), -1)
         # cuDNN would run the patch embedding of fp32 in TF32.
         with (torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
@@ -244,7 +244,7 @@ def load_tower(source):
     import transformers
     from transformers.utils import logging
     logging.disable_progress_bar()
-    logging.set_verbosity_error()                 # it lists a text tower's weights, which are not wanted
+    logging.set_verbosity_error()                 # it lists a text tower's weights
     try:
         kind = transformers.PreTrainedConfig.get_config_dict(source)[0].get("model_type")
         name, norm, image_norm = TOWERS.get(kind, (None, None, None))
