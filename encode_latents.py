@@ -346,8 +346,8 @@ def batches_of(count, seed, batch_size, rows, first_step, last_step, flips=False
 
 
 class TrainingData:
-    """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes
-   , with random flips where its latents have them.
+    """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes,
+    with random flips where its latents have them.
 
     Attributes as of Latents; `sha256` is of the contents, wherever they lie."""
 
