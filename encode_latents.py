@@ -474,7 +474,7 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__.split("\n")[0])
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add = parser.add_argument
-    add("--data-path", type=location, default="data/imagenet/train", help="class folders, or a .zip of them")
+    add("--data-path", type=location, default="imagenet/train", help="class folders, or a .zip of them")
     add("--image-size", type=whole(), default=256, help="pixels (paper; also 512)")
     add("--flips", action="store_true", help="every image flipped sideways too (on the fly: at random)")
     add("--encoder", type=location, default=DINOV2, help="folder or Hub id: DINOv2 (RAE), v3, MAE, SigLIP")

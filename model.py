@@ -258,7 +258,7 @@ class DiTDH(nn.Module):
         width, head_width = hidden_size
         self.depth = tuple(depth)
         self.num_classes, self.shape = num_classes, (in_channels, input_size, input_size)
-        self.checkpoint_activations, self.apply_part = False, apply_part
+        self.checkpoint_activations, self.apply_module = False, apply_part
         self.pos_embed = nn.Parameter(sincos_positions(width, input_size)[None], requires_grad=False)
         self.s_embedder = TokenEmbedding(in_channels, width)
         self.x_embedder = TokenEmbedding(in_channels, head_width)
@@ -316,7 +316,7 @@ class DiTDH(nn.Module):
 
     def run(self, part, *inputs):
         """Apply a part of the network, to values or to Duals; only modules are worth compiling."""
-        apply = self.apply_part if isinstance(part, nn.Module) else apply_part
+        apply = self.apply_module if isinstance(part, nn.Module) else apply_part
         if self.checkpoint_activations and torch.is_grad_enabled() and isinstance(part, Block):
             return checkpoint(apply, part, *inputs, use_reentrant=False)
         return apply(part, *inputs)
@@ -325,7 +325,7 @@ class DiTDH(nn.Module):
         """Compile blocks and last layer: a tower's blocks share a graph, one for values, one for Duals."""
         # A graph for each number of rows, with gradient and without; beyond the limit is an error.
         torch._dynamo.config.recompile_limit = 64
-        self.apply_part = torch.compile(apply_part, fullgraph=True, **options)
+        self.apply_module = torch.compile(apply_part, fullgraph=True, **options)
 
 
 # ---- ViT decoder (MAE style): latents -> images --------------
@@ -595,9 +595,9 @@ def distribute(net, device):
     if not dist.is_initialized():
         return net
     devices = [device] if device.type == "cuda" else None
-    parallel = nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
-    parallel.broadcast_buffers = False            # tables that never change
-    return parallel
+    # Its buffers are tables that never change.
+    return nn.parallel.DistributedDataParallel(
+        net, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def micro_batches_of(args, rank, world):
@@ -694,6 +694,8 @@ def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
         weak, about_weak = load_network(args.weak_teacher, "teacher")
         check_fit("the weak teacher", weak, "the teacher", teacher.shape, teacher.num_classes)
         weak.to(teacher.pos_embed.device).requires_grad_(False)
+        if args.compile:
+            weak.compile(dynamic=False)
         return guided(teacher, args.guidance, interval, weak), about_weak["sha256"]
     if about.get("settings", {}).get("label_dropout") == 0:
         say("warning: guidance needs the teacher without label, and it was trained with --label-dropout 0")
@@ -1060,6 +1062,9 @@ def begin_run(about, net, average, optimizer):
     cannot be read. Nothing has changed then."""
     settings = about["settings"]
     out, step, seconds = Path(settings["out"]), 0, 0.0
+    keep, save = settings["keep_every"], settings["save_every"]
+    if keep and save and keep % save:
+        raise InputError(f"--keep-every {keep} must be a multiple of --save-every {save}")
     if is_first() and states_of(out):
         lock(out / ".lock")
     elif is_first():
@@ -1080,8 +1085,11 @@ def begin_run(about, net, average, optimizer):
         if init != settings.get("init"):
             say(f"--init is not read any more: the run began from {init}")
             settings["init"] = init
-        if steps != settings["steps"] and settings["lr"] != settings.get("lr_final"):
-            say(f"--steps was {steps:,}: the learning rate now falls over {settings['steps']:,}")
+        moving = {"learning rate": settings["lr"] != settings.get("lr_final"),
+                  "eta": len({*settings.get("eta", ())}) > 1}
+        if steps != settings["steps"] and any(moving.values()):
+            names = " and ".join(name for name in moving if moving[name])
+            say(f"--steps was {steps:,}: the schedule of {names} is now that of {settings['steps']:,} steps")
     if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:
         raise InputError(f"{out} has not the same state for all processes: it must lie on a disk they share")
     if is_first():

@@ -47,7 +47,7 @@ class TrajectoryPool:
     """The teacher's trajectories for the next `pairs` steps, solved together in large batches.
 
     Every `pairs` rows of the batch form a group with `pairs` trajectories of its own, and draw their pairs of
-    points from these: in its life a trajectory serves `pairs` pairs, a batch holds few of any one. Group and
+    points from these: a trajectory serves `pairs` pairs on average, a batch holds few of any one. Group and
     number alone decide a trajectory, so splitting the batch or going on gives the same."""
 
     def __init__(self, begin, solve, times, groups, pairs, seed, device, batch):
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     method("--teacher-steps", type=whole(), default=16, help="steps of the solver (MF-RAE)")
     method("--solver", choices=("euler", "heun"), default="euler", help="of the PF-ODE (MF-RAE)")
     method("--pairs", type=whole(4), default=64,
-        help="pairs drawn from a trajectory in its life, and steps that it lives, a multiple of 4 (MF-RAE): "
+        help="pairs drawn from a trajectory on average, and steps that it lives, a multiple of 4 (MF-RAE): "
              "--batch-size trajectories are solved at once")
     method("--label-dropout", type=fraction, default=0.1,
         help="probability of 'no label', for teacher and student alike (MF-RAE)")

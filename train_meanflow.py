@@ -17,7 +17,7 @@ For three rows in four s = t: the loss is flow matching (or its distillation) an
     torchrun --nproc_per_node=8 train_meanflow.py     # eight GPUs
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train_meanflow.py                             # on each of four nodes
-    python train_meanflow.py --eta 0 --init runs/meanflow --out runs/mft --steps 10000       # MFT after MFD
+    python train_meanflow.py --eta 0 --init runs/meanflow --out runs/mft --steps 10000 --ema 0.9995    # MFT
 
 The same command, repeated, goes on from the newest state in --out.
 Defaults are those of MF-RAE for ImageNet at 256 px.
@@ -39,19 +39,19 @@ from model import (
 
 
 def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.005, loss_form="published",
-                  loss_power=1.0, loss_eps=1e-3, rows=slice(None), h_fixed=None, jvp=torch.func.jvp):
+                  loss_power=1.0, loss_eps=1e-3, jumps=slice(None), h_fixed=None, jvp=torch.func.jvp):
     """The MeanFlow objective with the proxy velocity w of eta (MF-RAE, eq. 9 to 11).
 
     h: (z, t, y, s) -> mean velocity; v: (z, t, y) -> the teacher's velocity (not called for eta = 0).
     z_0, eps: (B, ...) data and noise; t, s: (B,), 0 <= s <= t <= 1; y: (B,) int labels, dropped already.
     derivative, delta_t, jvp: see transport_derivative.
-    rows: those where s < t may hold; elsewhere s = t, and no derivative is taken.
+    jumps: which rows may have s < t, a slice; in the others s = t, and no derivative is taken.
     h_fixed: h for the derivative, of the same weights (theta^-): under DDP, the network inside. Default: h.
     loss_form, loss_power, loss_eps: a sample's loss is q / stopgrad(q + loss_eps)^loss_power, with q its
     mean squared error ("mean") or the square of its summed squared error ("published"). Power 0: q itself.
     Published, the loss is about 1 whatever happens: look at mse.
     Returns (loss, numbers for the log): mse, the mean squared error per element; mse_jump and mse_flow, that
-    of `rows` and of the others; ms_w, ms_correction, mean squares of w and, of `rows`, of (t - s) dh/dt."""
+    of `jumps` and of the others; ms_w, ms_correction, mean squares of w and, of `jumps`, of (t - s) dh/dt."""
     z_t = per_row(1 - t, eps) * z_0 + per_row(t, eps) * eps
     h_t = h(z_t, t, y, s)
     with torch.no_grad():
@@ -59,10 +59,10 @@ def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.
         if eta > 0:
             w = w + eta * v(z_t, t, y)
         # u = w - (t - s) dh/dt; where s = t, u = w. h is evaluated again: without gradient, for few rows.
-        at_rows = [x[rows].contiguous() for x in (z_t, t, y, s, w)]
-        dh_dt = transport_derivative(h_fixed or h, *at_rows, derivative, delta_t, h_t[rows], jvp)
+        at_jumps = [x[jumps].contiguous() for x in (z_t, t, y, s, w)]
+        dh_dt = transport_derivative(h_fixed or h, *at_jumps, derivative, delta_t, h_t[jumps], jvp)
         u = w.clone()
-        u[rows] -= per_row(t - s, u)[rows] * dh_dt
+        u[jumps] -= per_row(t - s, u)[jumps] * dh_dt
     error = (h_t - u).square()
     each = tuple(range(1, error.ndim))
     mse = error.mean(each)
@@ -70,10 +70,10 @@ def meanflow_loss(h, v, z_0, eps, t, y, s, eta=1.0, derivative="jvp", delta_t=0.
     loss = (q / (q.detach() + loss_eps) ** loss_power).mean()
 
     mse, flow = mse.detach(), torch.ones_like(mse)
-    flow[rows] = 0
-    return loss, {"mse": mse.mean(), "mse_flow": (flow * mse).sum() / flow.sum(),
-                  "mse_jump": mse[rows].mean(), "ms_w": w.square().mean(),
-                  "ms_correction": (u - w)[rows].square().mean()}
+    flow[jumps] = 0
+    return loss, {"mse": mse.mean(), "mse_flow": (flow * mse).sum() / flow.sum().clamp(min=1),
+                  "mse_jump": mse[jumps].mean(), "ms_w": w.square().mean(),
+                  "ms_correction": (u - w)[jumps].square().mean()}
 
 
 def transport_derivative(h, z, t, y, s, w, derivative="jvp", delta_t=0.005, h_t=None, jvp=torch.func.jvp):
@@ -250,7 +250,7 @@ def main(argv=None):
                 with autocast:
                     loss, numbers = meanflow_loss(
                         h, v, normalize(z_0, stats), eps, t, y, s, eta, args.derivative, args.delta_t,
-                        args.loss_form, args.loss_power, args.loss_eps, rows=slice(None, None, 4),
+                        args.loss_form, args.loss_power, args.loss_eps, jumps=slice(None, None, 4),
                         h_fixed=student, jvp=jvp_by_parts)
                 (loss / len(micro_batches)).backward()
                 log.add(loss, numbers)

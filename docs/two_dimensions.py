@@ -96,7 +96,7 @@ def main(out):
         s, t = torch.rand(BATCH, 2).sort(dim=1).values.unbind(1)
         s = torch.where(torch.arange(BATCH) % 4 == 0, s, t)
         return meanflow_loss(student, teacher, z_0, torch.randn_like(z_0), t, y, s, eta, loss_form="mean",
-                             loss_power=0.0, rows=slice(None, None, 4))
+                             loss_power=0.0, jumps=slice(None, None, 4))
 
     noise, labels = torch.randn(4000, 2), torch.arange(4000) % CLASSES
     real, floor = spiral(4000)[0], spiral(4000)[0]

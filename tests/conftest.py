@@ -5,7 +5,7 @@ import sys
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # spinning threads take the core from each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # spinning threads take the core from each other
 
 import numpy  # noqa: E402
 import pytest  # noqa: E402
@@ -18,7 +18,7 @@ torch.set_num_threads(2)
 # Tests compare to the bit, and start more processes than there are GPUs: they see none. See test_gpu.py.
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 if GPU := torch.cuda.is_available():
-    torch.cuda.init()                             # and count, before the variable changes
+    torch.cuda.init()    # and count, before the variable changes
     torch.cuda.device_count()
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.cuda.is_available = lambda: False

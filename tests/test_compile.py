@@ -82,7 +82,7 @@ def test_graphs_do_not_grow_with_depth_or_steps():
     z_0, t, y, s, eps = data(8)
     s = torch.where(torch.arange(8) % 4 == 0, s, t)
     for eta in (1.0, 0.5, 0.0):
-        loss, _ = meanflow_loss(h, v, z_0, eps, t, y, s, eta, rows=slice(None, None, 4), jvp=jvp_by_parts)
+        loss, _ = meanflow_loss(h, v, z_0, eps, t, y, s, eta, jumps=slice(None, None, 4), jvp=jvp_by_parts)
         loss.backward()
         assert graphs() == 9, eta
 

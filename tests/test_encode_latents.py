@@ -107,7 +107,7 @@ def test_classes_of_folders(data, tmp_path):
 
 
 def test_adm_preparation():
-    def reference(array, size):                               # halvings by hand, where the sides are even
+    def reference(array, size):    # halvings by hand, where the sides are even
         while min(array.shape[:2]) >= 2 * size:
             for axis in (1, 0):
                 array = np.floor(np.add(*(array.take(range(i, array.shape[axis], 2), axis) / 2 for i in (0, 1))) + 0.5)
@@ -121,7 +121,7 @@ def test_adm_preparation():
     for width, height, size in ((64, 64, 32), (128, 160, 32), (120, 76, 32), (72, 300, 16), (63, 40, 32), (20, 31, 32)):
         array = picture(width, height)
         difference = adm_crop(Image.fromarray(array), size).astype(int) - reference(array, size)
-        halved = min(width, height) >= 2 * size               # Pillow rounds after each axis, in an order of its own
+        halved = min(width, height) >= 2 * size    # Pillow rounds after each axis, in an order of its own
         assert np.abs(difference).max() <= 2 * halved, (width, height, size)
     assert adm_crop(Image.fromarray(picture(131, 67)), 16).shape == (16, 16, 3)
 
@@ -202,13 +202,13 @@ def test_latents_and_their_order(data, encoded):
     z, y = latents.read(order)
     x, labels = images.read(order)
     assert z.dtype == torch.float16 and y.dtype == torch.int64 and torch.equal(y, labels)
-    assert (z - encoder(x)).abs().max() < 2e-3                # float16 rounding of values up to 3
+    assert (z - encoder(x)).abs().max() < 2e-3    # float16 rounding of values up to 3
     about = read_json(encoded / "latents.json")
     assert about["shape"] == [16, 4, 4] and about["shards"] == 3 and about["data"] == data.name
     assert about["encoder"] == encoder.about and str(data) not in (encoded / "latents.json").read_text()
     assert about["identity"] == {"images": images.sha256, "flips": False, "shard_size": 8, **encoder.about["identity"]}
     assert sorted(contents(encoded)) == ["latent_stats.safetensors", "latents.json", *(f"shard_0000{k}.safetensors" for k in range(3))]
-    z = latents.read(range(23))[0].numpy().astype(np.float64)                        # statistics are of the rounded latents
+    z = latents.read(range(23))[0].numpy().astype(np.float64)    # statistics are of the rounded latents
     assert latents.stats["mean"].dtype == torch.float64
     np.testing.assert_allclose(latents.stats["mean"], z.mean(0), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(latents.stats["var"], z.var(0), rtol=1e-11)
@@ -226,7 +226,7 @@ def test_going_on_gives_the_same_files(data, encoded, copy, monkeypatch, capsys)
     assert "2 of 3 shards are there" in capsys.readouterr().out
     encode(data, copy)
     assert seen == list(range(8, 16)) and contents(copy) == contents(encoded)
-    whole = bytearray((copy / "shard_00002.safetensors").read_bytes())               # what was there is read back
+    whole = bytearray((copy / "shard_00002.safetensors").read_bytes())    # what was there is read back
     whole[-1] ^= 8
     (copy / "shard_00002.safetensors").write_bytes(whole)
     with pytest.raises(InputError, match="shard_00002.safetensors is damaged"):
@@ -311,13 +311,13 @@ def test_rows_do_not_depend_on_splitting_or_going_on():
     whole = list(batches_of(10, 5, 8, [(0, 8)], 0, 7))
     assert all(len(rows) == 8 for rows in whole)
     flat = [i for rows in whole for i in rows]
-    epochs = [flat[start:start + 10] for start in range(0, 50, 10)]                  # batches straddle epochs
+    epochs = [flat[start:start + 10] for start in range(0, 50, 10)]    # batches straddle epochs
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 5
     assert list(batches_of(10, 5, 8, [(0, 8)], 3, 7)) == whole[3:]
     first, second = (batches_of(10, 5, 8, rows, 2, 7) for rows in ([(0, 2), (2, 4)], [(4, 6), (6, 8)]))
     assert [next(first) + next(first) + next(second) + next(second) for _ in range(5)] == whole[2:]
     assert list(batches_of(10, 6, 8, [(0, 8)], 0, 7)) != whole
-    assert [len(set(rows)) for rows in batches_of(3, 0, 8, [(0, 8)], 0, 2)] == [3, 3]        # a batch of several epochs
+    assert [len(set(rows)) for rows in batches_of(3, 0, 8, [(0, 8)], 0, 2)] == [3, 3]    # a batch of several epochs
 
 
 def test_flips_follow_from_the_position():
@@ -338,7 +338,7 @@ def test_training_data(data, encoded, copy, tmp_path):
     def samples(training):
         return [torch.cat(part) for part in zip(*training.batches(args, *place), strict=True)]
     stored = TrainingData(encoded)
-    for path in copy.glob("shard_*"):                         # the shards are not needed
+    for path in copy.glob("shard_*"):    # the shards are not needed
         path.unlink()
     fly = TrainingData(copy, data)
     assert (fly.shape, fly.classes, len(list(stored.batches(args, *place)))) == ((16, 4, 4), ["a", "b", "c"], 8)
@@ -370,7 +370,7 @@ def test_identity_is_by_content(data, encoded, copy, tmp_path):
     moved = shutil.copytree(copy, tmp_path / "moved")
     assert TrainingData(moved).sha256 == TrainingData(encoded).sha256
     images, network = shutil.copytree(data, tmp_path / "elsewhere"), shutil.copytree(TINY, tmp_path / "network")
-    encode(images, moved, "--encoder", str(network))          # the same images and encoder elsewhere: it goes on
+    encode(images, moved, "--encoder", str(network))    # the same images and encoder elsewhere: it goes on
     assert TrainingData(moved).sha256 == TrainingData(encoded).sha256
     assert TrainingData(moved, images).sha256 == TrainingData(copy, data).sha256
 
@@ -394,11 +394,11 @@ def test_links_and_what_is_left_out(tmp_path, capsys):
     assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 2 .heic, 1 .txt" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")            # Pillow's word on what is broken on purpose
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")    # Pillow's word on what is broken on purpose
 def test_metadata_never_stops_pixels():
     rgb = picture(24, 20)
     png = saved(Image.fromarray(rgb), "PNG")
-    head, rest = png[:33], png[33:]                           # signature and IHDR; then the pixels
+    head, rest = png[:33], png[33:]    # signature and IHDR; then the pixels
     long = zlib.compress(bytes(3_000_000))
     for part in (chunk(b"zTXt", b"workflow\0\0" + long), chunk(b"eXIf", b"II*\0\xff\xff\xff\xff broken")):
         assert np.array_equal(np.asarray(open_rgb(io.BytesIO(head + part + rest))), rgb), part[4:8]

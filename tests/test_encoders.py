@@ -62,7 +62,7 @@ def by_hand(kind, net, x, antialias):
     e, more = net.embeddings, {}
     project = {"dinov3_vit": lambda: e.patch_embeddings, "siglip": lambda: e.patch_embedding}.get(
         kind.removesuffix("_vision_model"), lambda: e.patch_embeddings.projection)()
-    tokens = project(x).flatten(2).transpose(1, 2)            # row by row
+    tokens = project(x).flatten(2).transpose(1, 2)    # row by row
     grid = x.shape[-1] // 4
     registers = e.register_tokens.expand(len(x), -1, -1) if "dinov3" in kind or "registers" in kind else tokens[:, :0]
     if "siglip" not in kind:
@@ -100,7 +100,7 @@ def test_each_kind_by_hand(tmp_path, kind, size):
     z = encoder(images)
     assert encoder.shape == (16, size // 4, size // 4) and z.dtype == torch.float32
     assert (z - wanted).abs().max() < 1e-4 and wanted.std() > 0.5
-    assert torch.equal(z, encoder(images))                    # MAE masks nothing, and shuffles nothing
+    assert torch.equal(z, encoder(images))    # MAE masks nothing, and shuffles nothing
     assert torch.equal(z, encoder(images / 255))
     identity = encoder.about["identity"]
     assert (identity["kind"], identity["image_norm"]) == (kind, [*map(list, NORM)])
@@ -113,7 +113,7 @@ def test_pixels_are_part_of_what_latents_are(tmp_path, capsys):
     a, b = Encoder(tmp_path / "a", 16, 16), Encoder(tmp_path / "b", 16, 16)
     said = capsys.readouterr().out
     assert f"{tmp_path}/b has no preprocessor_config.json with image_mean: [[0.5" in said and f"{tmp_path}/a" not in said
-    assert a.about["identity"] == b.about["identity"]         # SigLIP's, as published
+    assert a.about["identity"] == b.about["identity"]    # SigLIP's, as published
     # As SiglipProcessor saves it, beside a tokenizer.
     (tmp_path / "b/processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": NORM[0], "image_std": NORM[1]}}))
     b = Encoder(tmp_path / "b", 16, 16)
@@ -209,7 +209,7 @@ def mine(tmp_path_factory):
 
 def test_latents_of_ones_own_encoder(mine):
     latents, images = Latents(mine / "latents"), Images(mine / "images", 16)
-    rows = [143, 3, 77]                           # flipped from 72 on
+    rows = [143, 3, 77]    # flipped from 72 on
     assert torch.equal(latents.read(rows)[0], Mine()(images.read(rows)[0]).half())
     assert latents.about["encoder"] == {"id": "Mine", "identity": {"sha256": Mine.digest, "image_size": 16}}
     other = Mine()

@@ -41,7 +41,7 @@ def test_frechet_distance_of_gaussians_in_closed_form():
 
 def brute_force(real, fake, k):
     def inside(points, manifold):
-        radii = [sorted(((p - q) ** 2).sum() for q in manifold)[k] for p in manifold]         # 0 is p itself
+        radii = [sorted(((p - q) ** 2).sum() for q in manifold)[k] for p in manifold]    # 0 is p itself
         return np.mean([any(((x - p) ** 2).sum() <= r for p, r in zip(manifold, radii, strict=True)) for x in points])
     return inside(fake, real), inside(real, fake)
 
@@ -54,12 +54,12 @@ def test_precision_and_recall_by_brute_force(k, block):
     for real, fake in (r.normal(size=(60, 6)) * 1.2, r.normal(size=(90, 6))), lattice, (lattice[0] + 4096, lattice[1] + 4096):
         wanted = brute_force(real, fake, k)
         assert precision_recall(torch.from_numpy(real), torch.from_numpy(fake), k, block) == pytest.approx(wanted, abs=1e-15)
-        assert 0.02 < min(wanted) and max(wanted) < 1         # the case says something
+        assert 0.02 < min(wanted) and max(wanted) < 1    # the case says something
 
 
 def test_inception_score_in_closed_form_and_by_splits():
     assert inception_score(torch.full((100, 7), 1 / 7)) == pytest.approx(1)
-    sorted_classes = torch.eye(10).repeat_interleave(1000, 0)                     # splits of 5,000 see five classes each
+    sorted_classes = torch.eye(10).repeat_interleave(1000, 0)    # splits of 5,000 see five classes each
     assert inception_score(sorted_classes) == pytest.approx(5)
     assert inception_score(sorted_classes[:6000]) == pytest.approx((5 + 1) / 2)   # the rest is a split: as in ADM
 
@@ -125,7 +125,7 @@ def test_metrics_through_the_torchscript_interface(capsys):
     metrics = result["metrics"]
     assert metrics["frechet_distance"] == pytest.approx(published_formula(F, G), rel=1e-6)
     assert (metrics["precision"], metrics["recall"]) == brute_force(G, F, 3)
-    p = torch.softmax(torch.from_numpy(F).float() @ Small().weight, 1)            # without the bias: as ADM
+    p = torch.softmax(torch.from_numpy(F).float() @ Small().weight, 1)    # without the bias: as ADM
     assert metrics["inception_score"] == pytest.approx(inception_score(p), rel=1e-5)
     assert {"command", "torch", "date"} <= result.keys() and result["counts"] == {"samples": 203, "reference": 150}
     said = capsys.readouterr().out
@@ -171,7 +171,7 @@ def test_inception_file_is_fetched_once(tmp_path, monkeypatch, capsys):
         run("reference.npz", net="")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     monkeypatch.setattr(eval_fid, "INCEPTION_SHA256", hashlib.sha256(Path("net.pt").read_bytes()).hexdigest())
-    for times in 2, 0:                            # the refused one and this one, then none
+    for times in 2, 0:    # the refused one and this one, then none
         run("reference.npz", net="")
         assert capsys.readouterr().out.count("fetching file:") == times
 

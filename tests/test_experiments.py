@@ -37,7 +37,7 @@ def test_commands(letter):
     _, first, arms, samples, report = run.plan(letter, 1)
     parsed([*first, *(line for chain in arms.values() for line in chain), *samples.values(), report])
     columns = shlex.split(report.partition(" --samples ")[2])
-    for column, (name, line) in zip(columns, samples.items(), strict=True):      # as report.py reads it
+    for column, (name, line) in zip(columns, samples.items(), strict=True):    # as report.py reads it
         assert column.rpartition("=")[::2] == (name, line.split(" --out ")[1])
 
 
@@ -55,7 +55,7 @@ def test_commands_of_photographs():
 def test_published_ingredients(monkeypatch):
     pools = train_cmt.TrajectoryPool
     for kind, name in ((model.DiTDH, "__init__"), (model.DiTDH, "forward"), (pools, "__init__")):
-        monkeypatch.setattr(kind, name, getattr(kind, name))                     # all are put back
+        monkeypatch.setattr(kind, name, getattr(kind, name))    # all are put back
     published.random_embedding()
     net = model.DiTDH(2, 4, num_classes=3, time_difference=True, **model.DIT_PRESETS["DiTDH-mini"])
     assert net.r_embedder.mlp[2].weight.std() > 0
@@ -128,8 +128,9 @@ def test_headlines_of_c_h_and_k():
               for solver, cost in (("euler", 1), ("heun", 2)) for n in (2, 4, 8, 16, 32) if n * cost <= 32
               for space in ("encoder", "classifier")]
     assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in page("c").splitlines()[2]
-    encoder, classifier = (h["MFD, NFE 1"][space] / h["teacher, heun, NFE 50"][space]
-                           for space in ("encoder", "classifier"))
+    draws = [re.findall(r"(0\.\d+) ±", line) for line in page("h").splitlines()]
+    teacher, student, *_ = (list(map(float, draw)) for draw in draws if draw)
+    encoder, classifier = (b / a for a, b in zip(teacher, student, strict=True))
     assert f"{encoder - 1:.0%} farther" in page("h") and f"{1 - classifier:.0%} nearer" in page("h")
     for space in ("encoder", "classifier"):
         one, two, three = (row["MeanFlow"][space] / row["MFD"][space] for row in k)

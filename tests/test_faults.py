@@ -42,7 +42,7 @@ def test_states_that_are_kept(home, run):
         shutil.copy(run / "state_00000001.safetensors", run / name)
     train(home, "teacher", run, "--steps 7 --save-every 1 --keep 2 --keep-every 3")
     assert list(model.states_of(run)) == [7, 6, 3]
-    train(home, "teacher", run, "--steps 7 --keep 1")         # killed before it pruned, say
+    train(home, "teacher", run, "--steps 7 --keep 1")    # killed before it pruned, say
     others = {"state_00000007.safetensors", "log.jsonl", "run.json", ".lock"}
     assert {path.name for path in run.iterdir()} == mine | others
 
@@ -119,7 +119,7 @@ def test_other_inputs_are_refused(home, tmp_path, stage):
         refused("sha256 of weak teacher")
         train(world, "teacher", world / "teacher", "--steps 9 --init", world / "start")
         refused("sha256 of teacher")
-    if stage != "cmt":                            # other latents of the same statistics
+    if stage != "cmt":    # other latents of the same statistics
         shard = world / "latents" / "shard_00000.safetensors"
         parts, about, _ = model.read_tensors(shard)
         parts[""]["latents"] = parts[""]["latents"].flip(0)
@@ -177,7 +177,7 @@ def test_errors_are_one_line(monkeypatch, capsys, error, status, words):
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "reconfigure", lambda errors: None, raising=False)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit if status else RuntimeError) as end:            # a bug keeps its traceback
+    with pytest.raises(SystemExit if status else RuntimeError) as end:    # a bug keeps its traceback
         model.command(fail)
     said = capsys.readouterr().err
     assert not status or end.value.code == status and len(said.splitlines()) == 1 and words in said

@@ -47,7 +47,7 @@ def test_stages_and_sampling(gpu, tmp_path, monkeypatch):
         out, more = tmp_path / out, f"--precision bf16 {more}"
         train(tmp_path, stage, out, more)
         assert len(log(out)) == 6 and all(line["memory_gb"] > 0 for line in log(out)), stage
-        train(tmp_path, stage, out, more, "--steps 7")        # goes on
+        train(tmp_path, stage, out, more, "--steps 7")    # goes on
         assert log(out)[-1]["step"] == 7
     losses = [log(tmp_path / out)[0]["loss"] for out in ("exact", "fd", "compiled")]
     assert max(losses) < 1.02 * min(losses), losses

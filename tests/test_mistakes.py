@@ -16,13 +16,14 @@ def test_mistakes(home, tmp_path, capsys):
         ("train_teacher.py", [*latents, *new, "--clip", "nan"], "--clip"),
         ("train_teacher.py", [*latents, "--out", ""], "--out: is empty"),
         ("train_teacher.py", [*latents, *new, "--batch-size", 18], "multiple of 4"),
+        ("train_teacher.py", [*latents, *new, "--keep-every", 7], "--save-every"),
         ("train_cmt.py", ["--teacher", "runs/none", *new], "does not exist"),
         ("train_cmt.py", [*cmt, *new], "is a student, a teacher is needed"),
         ("train_cmt.py", [*teacher, *new, "--batch-size", 32, "--pairs", 20], "multiple of --pairs"),
         ("train_meanflow.py", [*latents, *new, "--eta", 1, 0.5, 0], "--eta")]
     for script, argv, words in expected:
         assert words in refused(script, argv, capsys)
-    for script, argv, words in expected[:2]:                  # as a command: an InputError, a flag
+    for script, argv, words in expected[:2]:    # as a command: an InputError, a flag
         assert words in complain(script, *argv)
     assert not (tmp_path / "new").exists()
 

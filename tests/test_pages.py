@@ -49,7 +49,7 @@ def test_names(page):
         for flag in re.findall(r"--[a-z][\w-]+", quoted):
             assert f'"{flag}"' in TEXT or flag in ("--nproc_per_node", "--shutdown-timeout"), flag
         if re.fullmatch(r"[a-zA-Z]\w*_\w+", quoted):
-            name = re.sub("^rms_", "ms_", quoted)             # model.Log logs the root of a loss's ms_NAME
+            name = re.sub("^rms_", "ms_", quoted)    # model.Log logs the root of a loss's ms_NAME
             assert re.search(rf"\b{name}\b", TEXT), quoted
 
 

@@ -51,7 +51,7 @@ def test_stopped_and_gone_on_is_bit_identical(home, tmp_path, stage):
     assert a.keys() == b.keys() == {"ema", "net", "optimizer/exp_avg", "optimizer/exp_avg_sq", "stats"}
     assert all(a[part].keys() == b[part].keys() for part in a)
     assert all(torch.equal(a[part][name], b[part][name]) for part in a for name in a[part])
-    assert [line["step"] for line in log(parts)] == [1, 2, 3, 4, 5, 6, 5, 6]      # it only grows
+    assert [line["step"] for line in log(parts)] == [1, 2, 3, 4, 5, 6, 5, 6]    # it only grows
     a, b = (model.read_log(out) for out in (whole, parts))
     assert [line["loss"] for line in a] == [line["loss"] for line in b]
     assert sorted(line["seconds"] for line in b) == [line["seconds"] for line in b]     # of all training

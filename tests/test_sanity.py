@@ -62,12 +62,12 @@ def test_digits_follow_from_their_key():
     for k in range(100):
         image = digits.draw("train", k % 10, k, 32)
         border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-        assert (border == border[0]).all()                    # nothing is cut off
+        assert (border == border[0]).all()    # nothing is cut off
 
 
 def test_digits_folder(tmp_path):
     argv = [f"--out={tmp_path}/digits", *"--train 20 --held-out 10".split()]
-    stale = tmp_path / ".digits.1.tmp/train/0/00009.png"        # of a call for more that was killed
+    stale = tmp_path / ".digits.1.tmp/train/0/00009.png"    # of a call for more that was killed
     stale.parent.mkdir(parents=True)
     stale.touch()
     digits.main(argv)
@@ -117,7 +117,7 @@ def test_views():
     for flips, least, most in ((False, 64, 64), (True, 20, 44)):
         row = train_encoder.view(ramp, generator("cpu", 3), flips)[:, 0, 8]
         assert least <= (row[:, -1] > row[:, 0]).sum() <= most
-        assert row.diff(dim=1).abs().min() > 0                # no crop reaches beyond the image
+        assert row.diff(dim=1).abs().min() > 0    # no crop reaches beyond the image
 
 
 def train_small_encoder(home, out, objective):
@@ -230,9 +230,9 @@ def test_photographs_on_a_gpu(tmp_path):
     random_images(tmp_path / "photographs", classes=2, each=240)
     shutil.make_archive(tmp_path / "photographs", "zip", tmp_path / "photographs")
     script = "docs/experiments/gpu_photographs.sh", "photographs.zip"
-    assert planned(tmp_path, *script, MINUTES="0") == (75, [])                   # over before it begins
+    assert planned(tmp_path, *script, MINUTES="0") == (75, [])    # over before it begins
     assert len(planned(tmp_path, *script)[1]) == 15
-    assert planned(tmp_path, *script) == (0, [])                                 # all is done
+    assert planned(tmp_path, *script) == (0, [])    # all is done
     status, commands = planned(tmp_path, *script, ARM="labels")
     assert status == 0 and len(commands) == 15
     do(tmp_path, commands)

@@ -41,10 +41,10 @@ def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
     for i, (_, _, _, eps, t, y, s, eta, *flags, more) in enumerate(calls):
         assert flags == ["fd", 0.02, "published", 0.25, 7]
         assert more["rows"] == slice(None, None, 4)
-        assert eta == pytest.approx(1 - 0.25 * (i // 2))      # 1 to 0.5 over three steps
+        assert eta == pytest.approx(1 - 0.25 * (i // 2))    # 1 to 0.5 over three steps
         assert (s[::4] < t[::4]).all()
         assert all(torch.equal(s[k::4], t[k::4]) for k in (1, 2, 3))
-        assert t.mean() == pytest.approx(0.90, abs=0.02)      # METHOD: mean t 0.90
+        assert t.mean() == pytest.approx(0.90, abs=0.02)    # METHOD: mean t 0.90
         assert s[::4].mean() < 0.8
         assert 0.06 < (y == 3).float().mean() < 0.14
         assert eps.mean().abs() < 0.02 and abs(eps.std() - 1) < 0.02
@@ -63,15 +63,15 @@ def test_what_cmt_trains_on(home, tmp_path, monkeypatch):
     points, labels, times = pools[0].points, pools[0].y, torch.tensor(model.ode_times(5, 2.5))
     assert torch.equal(pools[0].times, times)
     assert len(times) == 6 and times[-1] == 0
-    with torch.no_grad():                         # Euler's step by hand, with the pool's labels
+    with torch.no_grad():    # Euler's step by hand, with the pool's labels
         step = points[:, 3] - (times[3] - times[4]) * teacher(points[:, 3], times[3].repeat(256), labels)
     assert torch.allclose(step, points[:, 4], atol=1e-5)
-    assert len(points[:, 0].unique(dim=0)) == 256             # each trajectory another noise
+    assert len(points[:, 0].unique(dim=0)) == 256    # each trajectory another noise
     assert pools[0].era == 1
     t, y, s = (torch.cat([call[k] for call in calls]) for k in (3, 4, 5))
     every = {(a, b) for a in times.tolist() for b in times.tolist() if a > b}
     assert set(zip(t.tolist(), s.tolist(), strict=True)) == every
-    assert 0.3 < (y == 3).float().mean() < 0.5                # 3 is 'no label'; 512 trajectories
+    assert 0.3 < (y == 3).float().mean() < 0.5    # 3 is 'no label'; 512 trajectories
     assert len(y.unique()) == 4
     drawn = set()
     for row, (z_t, z_s, t, y, s) in enumerate(zip(*calls[-1][1:6], strict=True)):

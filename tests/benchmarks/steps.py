@@ -218,7 +218,7 @@ def step(loss, net, micro=ROWS, precision=args.precision):
 
 
 def meanflow(h, v, eta=1.0, derivative="jvp"):
-    more = dict(eta=eta, derivative=derivative, rows=slice(None, None, 4), jvp=model.jvp_by_parts)
+    more = dict(eta=eta, derivative=derivative, jumps=slice(None, None, 4), jvp=model.jvp_by_parts)
     return step(lambda *x: meanflow_loss(h, v, *x, **more), h)
 
 
