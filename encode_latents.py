@@ -74,16 +74,17 @@ def adm_crop(image, size):
 
 
 def list_folder(path):
-    """Names of what is under a folder, of folders with a "/". Links lead to each folder once."""
+    """Names of what is under a folder, of folders with a "/"; each folder once, and none of latents."""
     names, seen, waiting = [], {os.path.realpath(path)}, [""]
     while waiting:
         inside = waiting.pop()
         for entry in os.scandir(Path(path, inside)):
             if entry.name.startswith(SYSTEM):
                 continue
-            if entry.is_file():
-                names.append(inside + entry.name)
-            elif entry.is_dir() and (place := os.path.realpath(entry)) not in seen:
+            place = os.path.realpath(entry)
+            if not entry.is_dir():
+                names.append(inside + entry.name + " (no file)" * (not entry.is_file()))
+            elif place not in seen and not Path(place, "latents.json").exists():
                 seen.add(place)
                 waiting.append(f"{inside}{entry.name}/")
                 names.append(waiting[-1])
@@ -91,7 +92,7 @@ def list_folder(path):
 
 
 def list_archive(archive):
-    """Likewise of a .zip; and the one folder around all of it, which the names are without, or ""."""
+    """Likewise of a .zip; and the one folder around it all, taken off the names, or ""."""
     names = [name for name in archive.namelist()
              if not any(part.startswith(SYSTEM) and part != "." for part in name.split("/"))]
     tops = {name[:name.find("/") + 1] for name in names}
@@ -105,7 +106,7 @@ class Images:
     Class ids follow the sorted folder names (for ImageNet's wnids: the published ids); images without class
     folders are one class. Attributes: `classes` (names), `paths` (sorted by class, then name), `labels` (N,),
     `sha256` (of names; of a .zip's contents, too). An index >= N is the flipped copy of index - N.
-    InputError: no images there, unreadable ones, or other folders than of classes."""
+    InputError: no images, unreadable ones, or other folders than of classes."""
 
     def __init__(self, path, image_size):
         self.path, self.image_size, self.zip, self.top = Path(path), image_size, None, ""
@@ -128,7 +129,7 @@ class Images:
             raise InputError(f"{path}: {pairs[0][1]} lies beside the class folders: move it")
         if empty := {name.partition("/")[0] for name in names if "/" in name} - {*classes}:
             raise InputError(f"{path}: {min(empty)} holds no images: fill or remove it")
-        self.classes = [name or self.path.resolve().stem for name in classes]
+        self.classes = [name or "images" for name in classes]
         self.paths = [name for _, name in pairs]
         ids = {folder: i for i, folder in enumerate(classes)}
         self.labels = torch.tensor([ids[folder] for folder, _ in pairs])
@@ -162,7 +163,7 @@ class Images:
 
 
 def sha256(content):
-    """Of what JSON can hold, in whatever order."""
+    """Of what JSON holds, in any order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -182,7 +183,7 @@ def read_ahead(read, batches, threads):
 
 
 # ---- The encoder ----
-# transformers' vision towers: the class, its last LayerNorm, the published mean and std of its pixels.
+# transformers' vision towers: class, last LayerNorm, published mean and std of the pixels.
 # SigLIP 2 of fixed size comes in SigLIP's classes.
 IMAGENET, HALF = [list(IMAGE_MEAN), list(IMAGE_STD)], [[0.5] * 3, [0.5] * 3]
 TOWERS = {
@@ -262,8 +263,8 @@ def load_tower(source):
     except Exception as error:                    # transformers raises a dozen kinds
         raise InputError(f"no encoder {source} ({error!s:.200}): give a folder or Hub id; "
                          "sanity/random_encoder.py makes an untrained one") from error
-    if not name or notes["missing_keys"]:
-        found = "lacks weights" if name else f"is of model_type {kind}"
+    if not name or notes["missing_keys"] or net.config.num_channels != 3:
+        found = "lacks weights, or is not for RGB" if name else f"is of model_type {kind}"
         raise InputError(f"{source} {found}: an encoder is one of {', '.join(TOWERS)}")
     eps = net.get_submodule(norm).eps
     net.set_submodule(norm, nn.LayerNorm(net.config.hidden_size, eps, elementwise_affine=False))
@@ -327,7 +328,7 @@ class Latents:
 # ---- The order in which training sees them ----
 @functools.lru_cache(maxsize=2)
 def epoch(number, count, seed, flips):
-    """A permutation of range(count) that follows from (seed, number) alone; flips: + count for about half."""
+    """A permutation of range(count), by (seed, number) alone; flips: + count for about half."""
     order = torch.randperm(count, generator=generator("cpu", seed, "epoch", number))
     if flips:
         order += count * torch.randint(2, (count,), generator=generator("cpu", seed, "flips", number))
@@ -349,7 +350,7 @@ class TrainingData:
     """What a stage trains on: the latents of a folder; or images encoded on the fly as that folder describes,
     with random flips where its latents have them.
 
-    Attributes as of Latents; `sha256` is of the contents, wherever they lie."""
+    Attributes as of Latents; `sha256` is of the contents."""
 
     def __init__(self, latents, data_path=None):
         about = read_about(latents)
@@ -421,20 +422,21 @@ def encode(images, encoder, out, flips=False, batch_size=64, workers=1, shard_si
 
 
 def write_latents(out, latents, labels, classes=None, made_by="given", shard_size=4096):
-    """Write latents that exist, made by `made_by`, as such a folder; one process, the same call starts over.
+    """Write latents that exist as such a folder; one process, the same call starts over.
 
     latents: (N, C, G, G), raw, a tensor, an array or a map of one. labels: (N,) integers. classes: names.
     InputError: shapes or classes do not fit; or as of `encode`."""
     latents, labels = torch.as_tensor(latents).detach(), torch.as_tensor(labels)
-    classes = list(map(str, range(int(labels.max()) + 1) if classes is None else classes))
+    found = labels.unique().tolist()
+    classes = list(map(str, range(len(found)) if classes is None else classes))
     fits = latents.ndim == 4 and latents.shape[2] == latents.shape[3] and latents.shape[:1] == labels.shape
-    if not fits or labels.unique().tolist() != [*range(len(classes))]:
+    if not fits or not found or found != [*range(len(classes))]:
         raise InputError(f"latents {[*latents.shape]}, labels {[*labels.shape]}, {len(classes)} classes: "
                          "give (N, C, G, G), and (N,) numbers of classes, each of which occurs")
     contents = digest_of({"latents": latents, "labels": labels})
     identity = {"latents": contents, "classes": classes, "shard_size": shard_size}
-    made_by = {"id": str(made_by), "identity": {}}
-    about = describe(made_by["id"], made_by, classes, latents.shape[1:], len(labels), identity)
+    by = {"id": str(made_by), "identity": {}}
+    about = describe(by["id"], by, classes, latents.shape[1:], len(labels), identity)
     start_folder(out, "latents.json", about, "identity")
     for k in range(about["shards"]):
         rows = slice(k * shard_size, (k + 1) * shard_size)

@@ -71,6 +71,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     roots = []
     for cov in (cov_1, cov_2):
         values, vectors = eigh((cov + cov.T) / 2)
+        if values[0] < -1e-3 * abs(values[-1]):
+            raise InputError("a covariance has negative eigenvalues: a damaged file?")
         # The others are 0 but for rounding.
         kept = values > values[-1] * len(values) * np.finfo(float).eps
         roots.append(vectors[:, kept] * values[kept] ** 0.5)  # C = R R^T
@@ -122,7 +124,7 @@ def reading(path):
     """What a damaged or foreign .npz ends in becomes an InputError."""
     try:
         yield
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz with arr_0 uint8 (N, S, S, 3) ({error})") from error
 
 
@@ -177,6 +179,7 @@ def inception(path, device):
                 torch.hub.download_url_to_file(INCEPTION_URL, path, INCEPTION_SHA256, progress=False)
             barrier()
         net = torch.jit.load(path, map_location=device).eval()
+        net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device), return_features=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot load {path} ({error}): give --inception the file of {INCEPTION_URL}"
                          ) from error
@@ -280,6 +283,10 @@ def parse_args(argv=None):
         parser.error("give SAMPLES, or --save-statistics FILE")
     if 0 < args.pr_images < 4:
         parser.error(f"--pr-images {args.pr_images}: 0, or at least 4")
+    if not (args.out or ".json").endswith(".json"):
+        parser.error("--out takes a name that ends in .json")
+    if not (args.save_statistics or ".safetensors").endswith(".safetensors"):
+        parser.error("--save-statistics takes a name that ends in .safetensors")
     if args.samples and not args.out:
         kind = re.sub(r"\W+", "-", args.features)
         args.out = f"{str(Path(args.samples)).removesuffix('.npz')}.{kind}.json"

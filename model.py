@@ -499,7 +499,7 @@ def command(main):
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         text, hint = " ".join(str(error).split()), ""
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-            hint = ": out of memory: smaller --micro-batch, or --checkpoint-activations"
+            hint = ": out of memory: smaller --micro-batch or --batch-size, or --checkpoint-activations"
         elif isinstance(error, dist.DistError) or "gloo" in text:
             hint = ": another process is lost: see what it said, then repeat the command"
         elif not isinstance(error, (InputError, OSError)):
@@ -543,8 +543,8 @@ def launch(hours=0.5):
     if not by_torchrun and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise InputError("srun started several tasks, all with the same work: let each node run torchrun "
                          "--nnodes=N --nproc_per_node=GPUS ... (the script's first lines show it)")
-    names = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-    rank, local, world = (int(os.environ[name]) for name in names) if by_torchrun else (0, 0, 1)
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local, world = (int(os.environ.get(name, n)) if by_torchrun else n for name, n in alone.items())
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -870,7 +870,7 @@ def find(source):
         return next(iter(states_of(path).values()), path / "model.safetensors")
     if path.exists():
         return path
-    if len(parts) < 2 or parts[0] in ("", ".", "..", "runs"):
+    if len(parts) < 2 or parts[0] in ("", "runs") or Path(parts[0]).exists():
         made = str(source) in ("runs/teacher", "runs/cmt", "runs/meanflow")
         raise InputError(f"{source} does not exist" + f": python train_{parts[-1]}.py makes it" * made)
     from huggingface_hub import hf_hub_download
@@ -1090,8 +1090,12 @@ def begin_run(about, net, average, optimizer):
         if steps != settings["steps"] and any(moving.values()):
             names = " and ".join(name for name in moving if moving[name])
             say(f"--steps was {steps:,}: the schedule of {names} is now that of {settings['steps']:,} steps")
-    if int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX)) != step:
-        raise InputError(f"{out} has not the same state for all processes: it must lie on a disk they share")
+    work = [step, *sorted((name, str(x)) for name, x in settings.items() if name not in FREE)]
+    work = generator("cpu", work).initial_seed()
+    # The largest and the smallest are one where all are.
+    if all_reduce(torch.tensor([work, -work]), dist.ReduceOp.MAX).sum():
+        raise InputError(f"{out}: not all processes have the same state, flags and inputs: give all "
+                         "the same, on a disk that they share")
     if is_first():
         write_json(out / "run.json", {"settings": settings, **provenance()})
         for half in out.glob(".state_*.tmp"):     # of a writer that was killed

@@ -96,7 +96,10 @@ def bundle(out, batches, shape, settings):
             with file.open(arr_0, "w", force_zip64=True) as stream:
                 numpy.lib.format.write_array_header_1_0(stream, header)
                 for path in batches:
-                    batch = read_tensors(path)[0][""]
+                    parts, said, _ = read_tensors(path)
+                    # Of several processes, one may have found another network.
+                    refuse_other(path.parent, said, settings)
+                    batch = parts[""]
                     stream.write(batch["images"].numpy())
                     labels.append(batch["labels"].numpy())
             with file.open(arr_1, "w", force_zip64=True) as stream:
@@ -171,6 +174,9 @@ def main(argv=None):
     if net.shape != decoder.shape:
         raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
                          "the --decoder of its encoder (sanity/train_decoder.py makes one)")
+    made_by = [of["encoder"]["identity"] for of in (about.get("latents", {}), of_decoder) if "encoder" in of]
+    if len({identity["sha256"] for identity in made_by if "sha256" in identity}) > 1:
+        raise InputError(f"{args.decoder} decodes another encoder's latents than {args.network} makes")
     if args.image_norm:
         decoder.image_norm = args.image_norm[:3], args.image_norm[3:]
     stats = about["stats"] or of_decoder["stats"]
@@ -231,7 +237,7 @@ def main(argv=None):
         lock(out.with_name(f".{out.name}.lock"))
         there = [path for path in files if path.exists()]
         for path in there:
-            refuse_other(path, read_tensors(path, only=())[1], settings)
+            refuse_other(parts, read_tensors(path, only=())[1], settings)
         if out.exists():
             refuse_other(out, read_about(out), settings)
         elif there:

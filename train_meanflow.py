@@ -195,9 +195,6 @@ def main(argv=None):
     student, of_student = load_network(args.out if states_of(args.out) else args.init, "student")
     check_fit("the student", student, f"--latents {args.latents}", data.shape, len(data.classes))
     stats = load_stats(args.stats, data.shape) if args.stats else of_student["stats"] or data.stats
-    if not args.stats and not all(torch.allclose(stats[name], data.stats[name], rtol=1e-6) for name in stats):
-        raise InputError(f"the student was trained with other latent statistics than {args.latents} has: "
-                         "encode with the same encoder and data, or choose with --stats")
     args.time_shift = args.time_shift or of_student["time_shift"]
     args.lr_final = args.lr if args.lr_final is None else args.lr_final
     v, of_teacher, weak = None, {"sha256": None}, None
@@ -206,6 +203,12 @@ def main(argv=None):
         check_fit("the teacher", teacher, f"--latents {args.latents}", data.shape, len(data.classes))
         teacher.to(device).requires_grad_(False)
         v, weak = load_guidance(args, teacher, of_teacher)
+    for name, of in (("student", of_student), ("teacher", of_teacher)):
+        theirs, classes = of.get("stats") or data.stats, of.get("classes") or data.classes
+        same = all(torch.allclose(theirs[key], data.stats[key], rtol=1e-6) for key in theirs)
+        if classes != data.classes or not (same or args.stats):
+            raise InputError(f"the {name} was trained with other classes or latent statistics than "
+                             f"{args.latents} has: encode with the same encoder and data, or give --stats")
 
     # The moving average (EMA) of its weights, which is what is sampled from, and the optimizer
     student.to(device).checkpoint_activations = args.checkpoint_activations

@@ -92,7 +92,7 @@ def test_classes_of_folders(data, tmp_path):
     assert [images.paths[i] for i in (0, 7, 8, 22)] == ["a/00.png", "a/deep/er/03.png", "b/00.png", "c/05.png"]
     assert images.labels.tolist() == [0] * 8 + [1] * 9 + [2] * 6 and images.labels.dtype == torch.int64
     alone = Images(data / "c", 32)
-    assert (alone.classes, alone.labels.tolist()) == (["c"], [0] * 6)
+    assert (alone.classes, alone.labels.tolist()) == (["images"], [0] * 6)
     (tmp_path / "none").mkdir()
     dot(tmp_path / "both/x/y.png")
     dot(tmp_path / "both/z.png")
@@ -389,9 +389,11 @@ def test_links_and_what_is_left_out(tmp_path, capsys):
     for name in ("1.HEIC", "2.heic", "read me.txt"):
         (data / "a" / name).write_text("")
     os.mkfifo(data / "a/pipe.png")
+    dot(data / "latents/0.png")
+    (data / "latents/latents.json").touch()
     images = Images(data, 8)
     assert images.paths == ["a/1.png", "a/far.png", "b/2.png", "b/shots.png/3.png", "c/deep/4.png"]
-    assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 2 .heic, 1 .txt" in capsys.readouterr().out
+    assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 2 .png (no file), 2 .heic, 1 .txt" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")    # Pillow's word on what is broken on purpose

@@ -135,6 +135,11 @@ def test_others_are_refused(tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(InputError, match=f"is of model_type {kind}: an encoder is one of {listed}"):
             Encoder(tmp_path)
+    monkeypatch.setitem(SIZES, "num_channels", 1)
+    save(tmp_path, "dinov2")
+    with pytest.raises(InputError, match="is not for RGB"):
+        Encoder(tmp_path, 16, 16)
+    monkeypatch.undo()
     save(tmp_path, "dinov2")
     for source, size, complaint in ((tmp_path / "none", 16, "no encoder"), (tmp_path, 18, "--encoder-size 18 must be a multiple of 4")):
         with pytest.raises(InputError, match=complaint):
@@ -147,7 +152,7 @@ def test_others_are_refused(tmp_path, monkeypatch):
     state = model.read_tensors(tmp_path / "model.safetensors")[0][""]
     del state["encoder.layer.1.norm1.weight"]
     model.write_tensors(tmp_path / "model.safetensors", {"": state})
-    with pytest.raises(InputError, match=f"lacks weights: an encoder is one of {listed}"):
+    with pytest.raises(InputError, match=f"lacks weights, or is not for RGB: an encoder is one of {listed}"):
         Encoder(tmp_path)
 
 
@@ -257,6 +262,8 @@ def test_given_latents_train_a_teacher(tmp_path):
     more = ["x", "y", "z"], "an autoencoder", 4
     write_latents(tmp_path / "a", numpy.load(tmp_path / "z.npy", mmap_mode="c"), y, *more)
     write_latents(tmp_path / "b", torch.from_numpy(z).requires_grad_(), y.tolist(), *more)
+    write_latents(tmp_path / "d", z, y.astype("uint16"))
+    (tmp_path / "d").rename(tmp_path / "e")
     let_go()
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").glob("[!.]*")} == {
         path.name: path.read_bytes() for path in (tmp_path / "b").glob("[!.]*")}
@@ -274,6 +281,7 @@ def test_given_latents_train_a_teacher(tmp_path):
             "latents .10, 4, 32, 31.": lambda: write_latents(tmp_path / "d", z[..., :31], y),
             "labels .9., 3 classes: give .N, C, G, G., and .N,. numbers": lambda: write_latents(tmp_path / "d", z, y[:9]),
             "is by an autoencoder, which is no --encoder": lambda: TrainingData(tmp_path / "a", tmp_path),
+            "latents .0, ": lambda: write_latents(tmp_path / "d", z[:0], y[:0]),
             "holds latents that were given": lambda: train_decoder.open_pairs(tmp_path, tmp_path / "a", "cpu")}.items():
         with pytest.raises(InputError, match=complaint):
             call()

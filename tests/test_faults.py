@@ -139,6 +139,17 @@ def test_tasks_of_srun_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(model.InputError, match="let each node run torchrun"):
         model.launch()
+    monkeypatch.setenv("RANK", "0")    # as other launchers than torchrun
+    assert model.launch()[1:] == (0, 1)
+
+
+def disagreeing(argv):
+    with pytest.raises(model.InputError, match="not all processes have the same state, flags"):
+        train_teacher.main([*argv, "--seed", os.environ["RANK"]])
+
+
+def test_processes_of_other_work_are_refused(home, tmp_path):
+    run_on(2, disagreeing, arguments(home, "teacher", tmp_path))
 
 
 def signalled(argv):

@@ -29,14 +29,16 @@ def test_mistakes(home, tmp_path, capsys):
 
 
 def test_networks_that_do_not_fit(home, tmp_path):
-    """Latents and student of different shapes, classes or statistics; statistics of another shape."""
+    """Latents and networks of different shapes, classes or statistics; statistics of another shape."""
     stats = model.load_network(home / "cmt")[1]["stats"]
-    for words, shift, channels, classes in (("latents", 0, 16, 3), ("4 classes", 0, 12, 4),
-                                            ("statistics", 0.1, 12, 3)):
-        net = model.DiTDH(4, channels, **TINY, num_classes=classes, time_difference=True)
-        save_network(tmp_path / "other", net, {"time_shift": 3.0}, {**stats, "mean": stats["mean"] + shift})
+    for words, flag, shift, channels, names in (
+            ("latents", "init", 0, 16, "abc"), ("4 classes", "init", 0, 12, "abcd"), ("the student", "init", 0.1, 12, "abc"),
+            ("the student", "init", 0, 12, "acb"), ("the teacher", "teacher", 0.1, 12, "abc"), ("the teacher", "teacher", 0, 12, "bac")):
+        net = model.DiTDH(4, channels, **TINY, num_classes=len(names), time_difference=flag == "init")
+        about = {"time_shift": 3.0, "classes": [f"class{'abcd'.index(name)}" for name in names]}
+        save_network(tmp_path / "other", net, about, {**stats, "mean": stats["mean"] + shift})
         with pytest.raises(model.InputError, match=words):
-            train(home, "meanflow", tmp_path / "out", "--init", tmp_path / "other")
+            train(home, "meanflow", tmp_path / "out", f"--{flag}", tmp_path / "other")
     model.write_tensors(tmp_path / "stats.safetensors", {"": {"var": torch.ones(12, 8, 8)}})
     with pytest.raises(model.InputError, match=r"\(12, 8, 8\), needed are \(12, 4, 4\)"):
         train(home, "teacher", tmp_path / "out", "--stats", tmp_path / "stats.safetensors")

@@ -18,13 +18,14 @@ DECODER = dict(input_size=4, in_channels=12, hidden_size=32, depth=1, num_heads=
 STATS = {"mean": torch.linspace(-1, 1, 192).view(12, 4, 4).double(), "var": torch.linspace(0.5, 2, 192).view(12, 4, 4).double()}
 
 
-def save(folder, kind, seed, stats=STATS):
+def save(folder, kind, seed, stats=STATS, encoder="E"):
     """A network with random numbers added to its weights, so that times and labels change what it says."""
     torch.manual_seed(seed)
     net = model.ViTDecoder(**DECODER) if kind == "decoder" else model.DiTDH(**SIZES, time_difference=kind == "student")
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    save_network(folder, net, {"num_heads": 2, "time_shift": 3.0, "classes": ["cat", "dog", "2"]}, stats)
+    made = {"encoder": {"identity": {"sha256": encoder}}}
+    save_network(folder, net, {"num_heads": 2, "time_shift": 3.0, "classes": ["cat", "dog", "2"], "latents": made, **made}, stats)
     return net.state_dict()
 
 
@@ -138,10 +139,13 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(sample, "to_uint8", original)
     assert [path.name for path in parts.iterdir()] == ["000000.safetensors"] and not Path("c.npz").exists()
     (parts / ".000001.safetensors.tmp").write_bytes(b"half")
-    refuses("000000.safetensors holds other work .seed: 0 there, 7 now", "student", "c.npz", "--batch-size 8 --seed 7")
+    refuses("c.npz.parts holds other work .seed: 0 there, 7 now", "student", "c.npz", "--batch-size 8 --seed 7")
     run("student", "c.npz", "--batch-size 8")
     assert "goes on: 1 of 3 batches are there" in capsys.readouterr().out
     assert Path("c.npz").read_bytes() == Path("a.npz").read_bytes() and not parts.exists()
+    # A process of other settings:
+    monkeypatch.setattr(sample, "write_tensors", lambda *x: model.write_tensors(*x[:2], {**x[2], "seed": 9}))
+    refuses("d.npz.parts holds other work .seed: 9 there, 0 now", "student", "d.npz")
 
 
 def test_nothing_of_the_users_is_touched():
@@ -179,6 +183,8 @@ def test_identity_is_by_content():
             ("time_shift", "teacher", f"{guided} weak --time-shift 4")):
         out = "teacher.npz" if network == "teacher" else "student.npz"
         refuses(rf"holds other work \({what}: .* there, [^;]* now\)", network, out, flags)
+    save("decoder3", "decoder", 3, encoder="F")
+    refuses("decoder3 decodes another encoder's latents than student makes", "student", "a.npz", "--decoder decoder3")
 
 
 def test_a_training_state():
