@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from model import (
     ArgumentParser, InputError, add_guidance_flags, barrier, command, default_time_shift, denormalize,
     digest_of, fraction, is_first, launch, load_decoder, load_guidance, load_network, load_stats, location,
-    lock, long_jumps, number, ode_times, positive, progress, read_tensors, refuse_other, say, solve_ode,
+    lock, long_jumps, ode_times, positive, progress, read_tensors, refuse_other, say, solve_ode,
     whole, write_atomically, write_tensors)
 
 DECODER = "nyu-visionx/RAE-collections/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
@@ -135,8 +135,6 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("network", type=location, help="a run, one of its states, a published file, or a Hub path")
     add("--decoder", type=location, default=DECODER, help="likewise (RAE)")
-    add("--image-norm", type=number(float, 0, 1e3), nargs=6, metavar="X",
-        help="mean and std of R, G, B that its pixels are given back (default: its own, or ImageNet's)")
     add("--stats", type=location, metavar="FILE",
         help="latent_stats.safetensors or stat.pt (default: the network's)")
     add("--nfe", type=whole(), help="evaluations for an image (default: student 1, teacher 50; MF-RAE)")
@@ -177,8 +175,8 @@ def main(argv=None):
     made_by = [of["encoder"]["identity"] for of in (about.get("latents", {}), of_decoder) if "encoder" in of]
     if len({identity["sha256"] for identity in made_by if "sha256" in identity}) > 1:
         raise InputError(f"{args.decoder} decodes another encoder's latents than {args.network} makes")
-    if args.image_norm:
-        decoder.image_norm = args.image_norm[:3], args.image_norm[3:]
+    if made_by and "image_norm" not in of_decoder:                     # a published .pt does not know its own
+        decoder.image_norm = made_by[0].get("image_norm", decoder.image_norm)
     stats = about["stats"] or of_decoder["stats"]
     if args.stats:
         stats = load_stats(args.stats, net.shape)

@@ -174,7 +174,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run, data = Path(args.run), Path(args.data)
-    lock(run / ".lock")
     device, *_ = launch()
     torch.backends.cudnn.allow_tf32 = False       # features in true float32
     encoder = encoder_of(args.latents or run / "latents").to(device)
@@ -185,6 +184,7 @@ def main(argv=None):
     if classes != held_out.classes or decoder.shape != encoder.shape:
         raise InputError(f"{train.path} and {held_out.path}, or encoder and decoder, do not fit each other: "
                          "give images of the same classes, and the encoder's decoder")
+    lock(run / ".lock")
     # The last "=" is the one: names such as "w = 2" have others.
     files = dict(text.rpartition("=")[::2] for text in args.samples or [
         f"{name}={run}/samples/{name.lower().replace(' ', '_')}.npz" for name in COLUMNS])

@@ -84,7 +84,7 @@ def copy(encoded, tmp_path):
     return shutil.copytree(encoded, tmp_path / "copy")
 
 
-# ---- Images ----------------------------------------------------------
+# ---- Images ----
 def test_classes_of_folders(data, tmp_path):
     """Ids follow the names as text, as ImageNet's published ones do; no class folders are one class."""
     images = Images(data, 32)
@@ -161,6 +161,9 @@ def odd_images():
         "cmyk.jpg": (cmyk, decoded(cmyk)), "deep.png": (saved(Image.fromarray(deep), "PNG"), three(eight)),
         "deep.pgm": (b"P5 24 20 65535\n" + deep.astype(">u2").tobytes(), three(eight)),
         "moving.gif": (saved(palette, "GIF", save_all=True, append_images=[second]), shown)}
+    png = saved(image, "PNG")
+    for kind, body in (b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3_000_000))), (b"eXIf", b"II*\0\xff\xff\xff\xff broken"):
+        odd[f"{kind}.png"] = png[:33] + chunk(kind, body) + png[33:], rgb    # after signature and IHDR
     for orientation, turn in {3: lambda x: x[::-1, ::-1], 6: lambda x: x.transpose(1, 0, 2)[:, ::-1]}.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -193,8 +196,7 @@ def test_odd_and_broken_images(tmp_path):
         assert np.array_equal(images.pixels(i), adm_crop(image, 16)), name
 
 
-# ---- The encoder -----------------------------------------------------
-# ---- Latents on disk -------------------------------------------------
+# ---- Latents on disk ----
 def test_latents_and_their_order(data, encoded):
     latents, images, encoder = Latents(encoded), Images(data, 32), Encoder(TINY, 32, 32)
     assert (latents.shape, len(latents), latents.classes) == ((16, 4, 4), 23, ["a", "b", "c"])
@@ -306,7 +308,7 @@ def test_two_processes_write_what_one_writes(data, encoded, tmp_path):
     assert contents(tmp_path / "out") == contents(encoded)
 
 
-# ---- The order in which training sees it -----------------------------
+# ---- The order in which training sees it ----
 def test_rows_do_not_depend_on_splitting_or_going_on():
     whole = list(batches_of(10, 5, 8, [(0, 8)], 0, 7))
     assert all(len(rows) == 8 for rows in whole)
@@ -375,7 +377,7 @@ def test_identity_is_by_content(data, encoded, copy, tmp_path):
     assert TrainingData(moved, images).sha256 == TrainingData(copy, data).sha256
 
 
-# ---- Anybody's pictures ----------------------------------------------
+# ---- Anybody's pictures ----
 def test_links_and_what_is_left_out(tmp_path, capsys):
     data, store = tmp_path / "data", tmp_path / "store"
     for name in ("a/1.png", "a/@eaDir/1.png/THUMB.png", "b/2.png", "$RECYCLE.BIN/x.png", ".thumbnails/z.png", "b/shots.png/3.png"):
@@ -396,28 +398,9 @@ def test_links_and_what_is_left_out(tmp_path, capsys):
     assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 2 .png (no file), 2 .heic, 1 .txt" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")    # Pillow's word on what is broken on purpose
-def test_metadata_never_stops_pixels():
-    rgb = picture(24, 20)
-    png = saved(Image.fromarray(rgb), "PNG")
-    head, rest = png[:33], png[33:]    # signature and IHDR; then the pixels
-    long = zlib.compress(bytes(3_000_000))
-    for part in (chunk(b"zTXt", b"workflow\0\0" + long), chunk(b"eXIf", b"II*\0\xff\xff\xff\xff broken")):
-        assert np.array_equal(np.asarray(open_rgb(io.BytesIO(head + part + rest))), rgb), part[4:8]
-
-
-# ---- The command -----------------------------------------------------
+# ---- The command ----
 def test_random_encoder_is_always_the_same(tmp_path):
     state = torch.get_rng_state()
     encoder = Encoder(encoder_folder("e", tmp_path, width=12, depth=1, heads=2, patch=4, seed=0), 32, 32)
     assert torch.equal(state, torch.get_rng_state()) and encoder.about["untrained"]
     assert encoder.about["identity"]["sha256"] == "6fe86f847ca191fb679e30e9e5b7b8fdb947e5d9d389fad980ca675da0f242f7"
-
-
-def test_random_encoder_folder(tmp_path, capsys):
-    folder = Path(encoder_folder("e", tmp_path))
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    encoder_folder("e", tmp_path)
-    assert "is there" in capsys.readouterr().out and (folder / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="holds other work .*seed"):
-        encoder_folder("e", tmp_path, seed=4)

@@ -42,6 +42,7 @@ MUTATIONS = {
         ("_norm([*net.parameters(), *average.parameters()", "_norm([*net.parameters()", "resume: not_finite"),
         ('for moment in ("exp_avg", "exp_avg_sq")', 'for moment in ("exp_avg",)', "resume: gone_on"),
         ("keep and save and keep % save", "False", "mistakes: mistakes"),
+        ("(torch.tensor([work, -work])", "(torch.tensor([0])", "faults: processes_of"),
         ("return step, seconds", "return step, 0.0", "resume: gone_on"),
         ("content[key], free)", "content[key], content[key])", "faults: folder"),
         ("math.sqrt(mean / world)", "mean / world", "stages: norm"),
