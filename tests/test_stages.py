@@ -40,7 +40,7 @@ def test_what_meanflow_trains_on(home, tmp_path, monkeypatch):
     assert len(calls) == 6
     for i, (_, _, _, eps, t, y, s, eta, *flags, more) in enumerate(calls):
         assert flags == ["fd", 0.02, "published", 0.25, 7]
-        assert more["rows"] == slice(None, None, 4)
+        assert more["jumps"] == slice(None, None, 4)
         assert eta == pytest.approx(1 - 0.25 * (i // 2))    # 1 to 0.5 over three steps
         assert (s[::4] < t[::4]).all()
         assert all(torch.equal(s[k::4], t[k::4]) for k in (1, 2, 3))
