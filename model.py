@@ -1091,7 +1091,7 @@ def begin_run(about, net, average, optimizer):
             names = " and ".join(name for name in moving if moving[name])
             say(f"--steps was {steps:,}: the schedule of {names} is now that of {settings['steps']:,} steps")
     work = [step, *sorted((name, str(x)) for name, x in settings.items() if name not in FREE)]
-    work = generator("cpu", work).initial_seed()
+    work = int.from_bytes(hashlib.sha256(repr(work).encode()).digest()[:7], "big")
     # The largest and the smallest are one where all are.
     if all_reduce(torch.tensor([work, -work]), dist.ReduceOp.MAX).sum():
         raise InputError(f"{out}: not all processes have the same state, flags and inputs: give all "
