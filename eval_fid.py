@@ -283,10 +283,9 @@ def parse_args(argv=None):
         parser.error("give SAMPLES, or --save-statistics FILE")
     if 0 < args.pr_images < 4:
         parser.error(f"--pr-images {args.pr_images}: 0, or at least 4")
-    if not (args.out or ".json").endswith(".json"):
-        parser.error("--out takes a name that ends in .json")
-    if not (args.save_statistics or ".safetensors").endswith(".safetensors"):
-        parser.error("--save-statistics takes a name that ends in .safetensors")
+    for path, suffix in ((args.out, ".json"), (args.save_statistics, ".safetensors")):
+        if path and not path.endswith(suffix):
+            parser.error(f"{path} must end in {suffix}")
     if args.samples and not args.out:
         kind = re.sub(r"\W+", "-", args.features)
         args.out = f"{str(Path(args.samples)).removesuffix('.npz')}.{kind}.json"

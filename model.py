@@ -1085,11 +1085,8 @@ def begin_run(about, net, average, optimizer):
         if init != settings.get("init"):
             say(f"--init is not read any more: the run began from {init}")
             settings["init"] = init
-        moving = {"learning rate": settings["lr"] != settings.get("lr_final"),
-                  "eta": len({*settings.get("eta", ())}) > 1}
-        if steps != settings["steps"] and any(moving.values()):
-            names = " and ".join(name for name in moving if moving[name])
-            say(f"--steps was {steps:,}: the schedule of {names} is now that of {settings['steps']:,} steps")
+        if steps != settings["steps"]:
+            say(f"--steps was {steps:,}: what changes over a run (--lr-final, --eta) now ends with it")
     work = [step, *sorted((name, str(x)) for name, x in settings.items() if name not in FREE)]
     work = int.from_bytes(hashlib.sha256(repr(work).encode()).digest()[:7], "big")
     # The largest and the smallest are one where all are.
