@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -484,7 +483,7 @@ def generators(device, rows, *key):
 # ---- Processes -----------------------------------------------
 def command(main):
     """Run a script's `main`. An error that is no bug is one line on stderr and status 2; Ctrl-C is 130."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")         # a file's name may be no valid text
     try:
         main()
@@ -624,7 +623,8 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+        inside = low < value <= high if above else low <= value <= high
+        if not inside or math.isinf(value):
             words = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number {words}")
         return value
@@ -632,7 +632,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def whole(least=1):
-    return number(int, least, 2 ** 63 - 1)
+    return number(int, least)
 
 
 positive = number(float, 0, above=True)
@@ -678,7 +678,7 @@ def add_guidance_flags(add):
 
 
 def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
-    """-> the velocity that these flags ask of `teacher`; the weak teacher's sha256, or None."""
+    """-> the teacher's velocity with guidance by these flags; the weak teacher's sha256, or None."""
     if args.guidance == 1:
         return teacher, None
     if args.weak_teacher:
@@ -693,13 +693,13 @@ def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
     return guided(teacher, args.guidance, interval), None
 
 
-# What may change when a run goes on; and paths of inputs, which are known by what lies there.
+# Flags that may change when a run goes on; and paths of inputs, which are known by their contents.
 FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_activations workers log_every "
            "save_every keep keep_every out latents data_path teacher weak_teacher init stats".split())
 
 
 def refuse_other(where, before, now, free=()):
-    """InputError, naming what differs, unless settings `before`, of `where`, are `now`, `free` ones aside."""
+    """InputError if settings, but for `free` ones, are others now than `before`, which `where` holds."""
     other = [f"{name}: {before.get(name)} there, {now.get(name)} now" for name in {**now, **before}
              if name not in free and before.get(name) != now.get(name)]
     if other:
@@ -887,14 +887,13 @@ def read_state(source):
 
 
 @contextmanager
-def fits(source, kind, state):
-    """An error within it becomes an InputError: `state`, from `source`, is no `kind`."""
+def fits(source, kind):
+    """An error within it becomes an InputError: `source` is no `kind`."""
     try:
         yield
-    except Exception as error:                    # names, shapes and types that are others
+    except Exception as error:                    # from names, shapes and types that are others
         reason = "it has no " * isinstance(error, KeyError) + " ".join(str(error).split())[:1000]
-        names = ", ".join(list(state)[:3])
-        raise InputError(f"{source} is no {kind}: {reason}; its first names are {names}") from error
+        raise InputError(f"{source} is no {kind}: {reason}") from error
 
 
 def load_network(source, kind=None, num_classes=None):
@@ -909,20 +908,20 @@ def load_network(source, kind=None, num_classes=None):
     kind = kind or found
     if (found, kind) == ("student", "teacher"):
         raise InputError(f"{source} is a student, a teacher is needed here")
-    with fits(source, "DiT-DH", state):
+    with fits(source, "DiT-DH"):
         width, channels = state["s_embedder.proj.weight"].shape[:2]
         head_width = len(state["x_embedder.proj.weight"])
-        widths = [len(x) for name, x in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", name)]
+        widths = [len(x) for name, x in state.items() if name.endswith(".norm1.weight")]
         # Of towers of one width, shapes do not tell which blocks are the head's.
         head = about.get("head_depth", 2) if width == head_width else widths.count(head_width)
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        towers = (width, "enc"), (head_width, "dec")
         net = DiTDH(
             input_size=math.isqrt(state["pos_embed"].shape[1]),
             in_channels=channels,
             hidden_size=(width, head_width),
             depth=(len(widths) - head, head),
-            num_heads=tuple(w // state[f"{tower}_feat_rope.freqs_cos"].shape[1] for w, tower in towers),
+            num_heads=(width // state["enc_feat_rope.freqs_cos"].shape[1],
+                       head_width // state["dec_feat_rope.freqs_cos"].shape[1]),
             num_classes=num_classes or classes,
             time_difference=kind == "student")
         new = ("r_embedder.",) * (found == "teacher") + ("y_embedder.",) * bool(num_classes)
@@ -936,7 +935,7 @@ def load_network(source, kind=None, num_classes=None):
 def load_decoder(source):
     """A ViTDecoder, likewise. Returns (decoder on the CPU, about): "stats", "sha256", ..."""
     state, about = read_state(source)
-    with fits(source, "decoder of a size in DECODER_PRESETS", state):
+    with fits(source, "decoder of a size in DECODER_PRESETS"):
         width, channels = state["decoder_embed.weight"].shape
         heads = {preset["hidden_size"]: preset["num_heads"] for preset in DECODER_PRESETS.values()}
         decoder = ViTDecoder(
@@ -979,9 +978,8 @@ def load_stats(source, shape=None):
 # ---- Runs: a folder with states of one network in training ---
 def states_of(out):
     """{step: path} of the states in a run's folder, newest first."""
-    exact = re.compile(r"state_\d{8,18}\.safetensors").fullmatch
-    paths = [path for path in Path(out).glob("state_*") if exact(path.name)]
-    return dict(sorted(((int(path.stem[6:]), path) for path in paths), reverse=True))
+    paths = Path(out).glob(f"state_{'[0-9]' * 8}.safetensors")
+    return {int(path.stem.removeprefix("state_")): path for path in sorted(paths, reverse=True)}
 
 
 def contents(net, average, optimizer):
@@ -994,7 +992,7 @@ def contents(net, average, optimizer):
 
 
 def save_state(about, step, seconds, net, average, optimizer):
-    """Write a state: what the same command goes on from, and a network, the average.
+    """Write a state: what the same command goes on from, and a network (the average) for other scripts.
 
     about: see begin_run. InputError: weights are not finite."""
     norms = torch._foreach_norm([*net.parameters(), *average.parameters()])
@@ -1006,7 +1004,7 @@ def save_state(about, step, seconds, net, average, optimizer):
         parts = {**contents(net, average, optimizer), "stats": about["stats"]}
         write_tensors(Path(about["settings"]["out"], f"state_{step:08d}.safetensors"), parts, text)
         prune(about["settings"])
-    # torchrun ends all processes when one ends: this one has saved.
+    # All wait: torchrun ends every process when one ends.
     barrier()
 
 
@@ -1017,7 +1015,7 @@ def load_state(path, step, net, average, optimizer):
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for part, tensors in contents(net, average, optimizer).items():
-        # Part by part: memory may not hold them all.
+        # Part by part, as memory may not hold them all.
         saved = read_tensors(path, only=(part,))[0][part]
         for name, x in tensors.items():
             x.copy_(saved[name])
@@ -1051,13 +1049,14 @@ def begin_run(about, net, average, optimizer):
         before = {"settings": {}, "step": None, **read_tensors(path, only=())[1]}
         refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step}, FREE)
         load_state(path, step, net, average, optimizer)
-        seconds, steps, init = before["seconds"], before["settings"]["steps"], before["settings"].get("init")
-        if init != settings.get("init"):
-            say(f"--init is not read any more: the run began from {init}")
-            settings["init"] = init
-        if steps != settings["steps"]:
-            say(f"--steps was {steps:,}: what changes over a run (--lr-final, --eta) now ends with it")
-    work = step, {name: str(x) for name, x in settings.items() if name not in FREE}
+        seconds, before = before["seconds"], before["settings"]
+        if before.get("init") != settings.get("init"):
+            say(f"--init is not read any more: the run began from {before.get('init')}")
+            settings["init"] = before.get("init")
+        if before["steps"] != settings["steps"]:
+            say(f"--steps was {before['steps']:,}: what changes over a run (--lr-final, --eta) now ends with "
+                "the new one")
+    work = step, {name: x for name, x in settings.items() if name not in FREE}
     if any(other != work for other in gather(work)):
         raise InputError(f"{out}: not all processes have the same state, flags and inputs: give all "
                          "the same, on a disk that they share")
@@ -1131,10 +1130,10 @@ class Log:
 
 
 def read_log(out):
-    """The lines of a run's log.jsonl by step: of a step that was made again the last one."""
+    """The lines of a run's log.jsonl, in order of steps; of a step that was made again, the last."""
     lines, path = {}, Path(out, "log.jsonl")
     for text in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):                # cut by a kill; the next line then follows at once
+        with suppress(ValueError):                # a line that was cut; the next one follows on it
             line = json.loads(text[text.rindex('{"step"'):])
             lines[line["step"]] = line
     return [lines[step] for step in sorted(lines)]
