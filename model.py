@@ -1000,9 +1000,9 @@ def save_state(about, step, seconds, net, average, optimizer):
         raise InputError(f"weights are not finite at step {step}; not saved: try a lower --lr or --clip, or "
                          "--precision fp32")
     if is_first():
-        text = {name: x for name, x in about.items() if name != "stats"} | {"step": step, "seconds": seconds}
-        parts = {**contents(net, average, optimizer), "stats": about["stats"]}
-        write_tensors(Path(about["settings"]["out"], f"state_{step:08d}.safetensors"), parts, text)
+        about = {**about, "step": step, "seconds": seconds}
+        parts = {**contents(net, average, optimizer), "stats": about.pop("stats")}
+        write_tensors(Path(about["settings"]["out"], f"state_{step:08d}.safetensors"), parts, about)
         prune(about["settings"])
     # All wait: torchrun ends every process when one ends.
     barrier()
@@ -1089,30 +1089,30 @@ class Log:
     """log.jsonl: means over micro-batches, processes and steps since the line before; a bar in a terminal."""
 
     def __init__(self, args, step, seconds):
-        self.args, self.seconds = args, seconds
-        self.numbers, self.norms, self.since = [], [], time.perf_counter()
+        self.args, self.seconds, self.numbers, self.since = args, seconds, {}, time.perf_counter()
         self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if is_first() else True)
 
     def add(self, loss, numbers):
-        """Of a micro-batch: scalar tensors. Of mean squares, ms_NAME, the mean's root is logged, rms_NAME."""
-        self.numbers.append({"loss": loss.detach(), **numbers})
+        """Of a micro-batch: scalar tensors. A mean square ms_NAME is logged as rms_NAME, its mean's root."""
+        for name, x in {"loss": loss.detach(), **numbers}.items():
+            self.numbers.setdefault(name, []).append(x)
 
     def end_step(self, grad_norm):
-        self.norms.append(grad_norm)
+        self.numbers.setdefault("grad_norm", []).append(grad_norm)
         self.bar.update()
 
     def write(self, step, lr, **more):
         """Append a line. InputError, before anything is saved, where loss or gradient is not finite."""
-        names, norms, now = list(self.numbers[0]), torch.stack(self.norms), time.perf_counter()
-        mine = [torch.stack([row[name] for row in self.numbers]).float().mean().item() for name in names]
+        now, norms = time.perf_counter(), torch.stack(self.numbers["grad_norm"])
+        everyone = gather({name: torch.stack(x).float().mean().item() for name, x in self.numbers.items()})
         line = {}
-        for name, means in zip(names, zip(*gather(mine), strict=True), strict=True):
-            mean = sum(means) / len(means)
+        for name in self.numbers:
+            mean = sum(means[name] for means in everyone) / len(everyone)
             line |= {f"r{name}": math.sqrt(mean)} if name.startswith("ms_") else {name: mean}
         rate = len(norms) / (now - self.since)
         self.seconds += now - self.since
-        line |= {"grad_norm": norms.mean().item(), "grad_norm_max": norms.nan_to_num(0, 0).max().item(),
-                 "lr": lr, "samples_per_second": self.args.batch_size * rate, "seconds": self.seconds, **more}
+        line |= {"grad_norm_max": norms.nan_to_num(0, 0).max().item(), "lr": lr,
+                 "samples_per_second": self.args.batch_size * rate, "seconds": self.seconds, **more}
         if norms.is_cuda:
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if is_first():
@@ -1126,7 +1126,7 @@ class Log:
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             raise InputError(f"loss or gradient is not finite at step {step}; not saved. Try a lower --lr or "
                              "--clip, or --precision fp32: the same command goes on from the last state")
-        self.since, self.numbers, self.norms = now, [], []
+        self.since, self.numbers = now, {}
 
 
 def read_log(out):

@@ -225,9 +225,8 @@ def main(argv=None):
     parts = out.with_name(f"{out.name}.parts")
     files = [parts / f"{k:06d}.safetensors" for k in range(len(batches))]
     # Inputs are known by their contents, not by their paths.
-    paths = ("network", "decoder", "weak_teacher", "stats", "out", "grid")
-    settings = {flag: x for flag, x in vars(args).items() if flag not in (*paths, "compile")}
-    settings |= {
+    left_out = ("network", "decoder", "weak_teacher", "stats", "out", "grid", "compile")
+    settings = {flag: x for flag, x in vars(args).items() if flag not in left_out} | {
         "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
         "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
     if is_first():
