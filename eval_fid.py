@@ -12,6 +12,7 @@ Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 1904.06991 (precision, recall)
 What each number means, and what it can be compared with: docs/EVALUATION.md.
 """
 import hashlib
+import math
 import re
 import zipfile
 import zlib
@@ -134,22 +135,22 @@ class NpzImages:
         with reading(path):
             self.member = zipfile.ZipFile(path).open("arr_0.npy")
             np.lib.format.read_magic(self.member)
-            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.member)
-            side = self.shape[1:2]
-            if (self.shape[1:], dtype, fortran) != ((*side, *side, 3), np.uint8, False):
-                raise ValueError(f"it is {dtype} {self.shape}{', in Fortran order' * fortran}")
-        self.image_size, self.start = side[0], self.member.tell()
-        self.bytes_per_image = 3 * self.image_size ** 2
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.member)
+            side = shape[1:2]
+            if (shape[1:], dtype, fortran) != ((*side, *side, 3), np.uint8, False):
+                raise ValueError(f"it is {dtype} {shape}{', in Fortran order' * fortran}")
+        self.count, self.image_size = shape[:2]
+        self.start = self.member.tell()
 
     def __len__(self):
-        return self.shape[0]
+        return self.count
 
     def read(self, indices):
+        shape = (len(indices), self.image_size, self.image_size, 3)
         with reading(self.path):
-            self.member.seek(self.start + indices[0] * self.bytes_per_image)
-            data = np.frombuffer(self.member.read(len(indices) * self.bytes_per_image), np.uint8)
-            images = data.reshape(len(indices), *self.shape[1:]).transpose(0, 3, 1, 2)
-        return torch.from_numpy(images.copy()), None
+            self.member.seek(self.start + indices[0] * math.prod(shape[1:]))
+            images = np.frombuffer(self.member.read(math.prod(shape)), np.uint8).reshape(shape)
+        return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), None
 
 
 def open_images(path, size):

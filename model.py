@@ -463,7 +463,7 @@ def mean_and_std(stats, device):
 # The method ends here. Below: processes, flags, files and runs.
 # ==============================================================
 class InputError(Exception):
-    """What the user gave is wrong. One line says what is wrong, and what to do."""
+    """A mistake of the user's: one line that says what is wrong and what to do."""
 
 
 # ---- Randomness that follows from a key ----------------------
@@ -581,23 +581,23 @@ def stop_signals():
 
 
 def distribute(net, device):
-    """`net`, under DistributedDataParallel where there are several processes."""
+    """`net`, in DistributedDataParallel if there are several processes."""
     if not dist.is_initialized():
         return net
     devices = [device] if device.type == "cuda" else None
-    # Its buffers are tables that never change.
+    # The buffers are tables that never change: no broadcast.
     return nn.parallel.DistributedDataParallel(
         net, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def micro_batches_of(args, rank, world):
-    """This process's rows of the global batch, as (start, stop) of each micro-batch."""
+    """This process's rows of the global batch: (start, stop) of each micro-batch."""
     share = args.batch_size // world
     sizes = [n for n in range(4, min(share, 64) + 1, 4) if share % n == 0]
     micro = args.micro_batch or max(sizes, default=share)
     if share * world != args.batch_size or not share or micro % 4 or share % micro:
         raise InputError(f"--batch-size {args.batch_size} over {world} processes in micro-batches of {micro} "
-                         "rows: it must divide evenly, and a micro-batch be a multiple of 4")
+                         "rows: it must divide evenly, and a micro-batch must be a multiple of 4")
     return [(row, row + micro) for row in range(rank * share, (rank + 1) * share, micro)]
 
 
@@ -648,7 +648,7 @@ def location(text):
 
 
 def add_run_flags(parser):
-    """Add the flags that all stages share. Returns what adds to the help's groups data, method, training."""
+    """Add the flags that all stages share. Returns functions that add to data, method, training."""
     data, method, training, machine, files = (
         parser.add_argument_group(title).add_argument
         for title in ("data", "method", "training", "machine", "files"))
@@ -742,7 +742,7 @@ def lock(path):
         raise InputError(f"{path.parent} is written by another process ({file.read()}): wait for it, or "
                          "end it, or give another --out") from error
     except OSError as error:
-        say(f"warning: no locks on this disk ({error}): start nothing twice in {path.parent}")
+        say(f"warning: no locks on this disk ({error}): write {path.parent} by one command at a time")
     with suppress(OSError):                       # of a full disk
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -969,7 +969,8 @@ def load_stats(source, shape=None):
         raise InputError(f"{source} holds no latent statistics (mean, var)")
     var = found["var"].double()
     mean = found.get("mean", torch.zeros_like(var)).double()
-    if not mean.shape == var.shape == tuple(shape or var.shape):
+    shape = tuple(shape or var.shape)
+    if not mean.shape == var.shape == shape:
         raise InputError(f"{source} holds statistics {tuple(var.shape)}, needed are {shape}: of another "
                          "encoder or size of images?")
     return {"mean": mean, "var": var}
@@ -1045,11 +1046,12 @@ def begin_run(about, net, average, optimizer):
     elif is_first():
         start_folder(out, "run.json", {"settings": settings, **provenance()}, "settings", FREE)
     if states := states_of(out):
-        step, path = next(iter(states.items()))
-        before = {"settings": {}, "step": None, **read_tensors(path, only=())[1]}
-        refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step}, FREE)
+        path = next(iter(states.values()))
+        saved = read_tensors(path, only=())[1]
+        before = saved.get("settings", {})
+        refuse_other(path, before, settings, FREE)
+        step, seconds = saved["step"], saved["seconds"]
         load_state(path, step, net, average, optimizer)
-        seconds, before = before["seconds"], before["settings"]
         if before.get("init") != settings.get("init"):
             say(f"--init is not read any more: the run began from {before.get('init')}")
             settings["init"] = before.get("init")
@@ -1068,13 +1070,13 @@ def begin_run(about, net, average, optimizer):
     size, steps = sum(p.numel() for p in net.parameters()) / 1e6, settings["steps"]
     say(f"{out}: {size:,.1f} M parameters, step {step:,} of {steps:,}, {settings['batch_size']:,} rows each")
     if about["kind"] in ("teacher", "student") and settings["ema"] ** steps > 0.5:
-        say(f"warning: by --ema {settings['ema']} the average of {steps:,} steps stays mostly the "
-            f"first weights: {max(0.0, 1 - 5 / steps):.4g} fits")
+        say(f"warning: with --ema {settings['ema']} the average of {steps:,} steps is mostly the first "
+            f"weights: take {max(0.0, 1 - 5 / steps):.4g} or so")
     return step, seconds
 
 
 def provenance():
-    """What it takes to make a result again."""
+    """What is needed to reproduce a result."""
     commit = ""
     with suppress(OSError):                       # no git here
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]

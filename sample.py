@@ -17,6 +17,7 @@ command, repeated, goes on.
 """
 import hashlib
 import json
+import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -110,7 +111,7 @@ def draw_grid(path, images, labels, classes):
     """A PNG of images (N, H, W, 3), each under its class name."""
     columns, caption = len(classes) if len(classes) <= 16 else 8, 12
     cell = images.shape[1] * max(1, 96 // images.shape[1])
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * cell, rows * (cell + caption)), "white")
     pen = ImageDraw.Draw(grid)
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -164,7 +165,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, rank, world = launch(hours=24)
 
-    # Network, decoder and statistics, which fit together
+    # Network, decoder and statistics that fit together
     net, about = load_network(args.network)
     decoder, of_decoder = load_decoder(args.decoder)
     if net.shape != decoder.shape:
@@ -176,9 +177,7 @@ def main(argv=None):
         raise InputError(f"{args.decoder} decodes another encoder's latents than {args.network} makes")
     if made_by and "image_norm" not in of_decoder:                     # as in a published .pt
         decoder.image_norm = made_by[0].get("image_norm", decoder.image_norm)
-    stats = about["stats"] or of_decoder["stats"]
-    if args.stats:
-        stats = load_stats(args.stats, net.shape)
+    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
     if stats is None:
         raise InputError(f"{args.network} brings no latent statistics: give --stats")
     net, decoder = net.to(device).eval(), decoder.to(device).eval()

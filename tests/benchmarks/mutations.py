@@ -106,7 +106,7 @@ MUTATIONS = {
         ("images if truncate else images.round()", "images.round() if truncate else images", "sampling: pixels"),
         ("if not images.isfinite().all():", "if False:", "sampling: nothing"),
         ("refuse_other(out, read_about(out), settings)", "out", "sampling: content"),
-        ("refuse_other(path, read_tensors(path, only=())[1], settings)", "path", "sampling: interrupted"),
+        ("refuse_other(parts, read_tensors(path, only=())[1], settings)", "path", "sampling: interrupted"),
         ('"sha256 of network": about["sha256"], ', "", "sampling: content"),
         ("args.time_shift, v)", "args.time_shift)", "sampling: sample_file"),
         ('enabled=args.precision == "bf16"', "enabled=False", "sampling: times"),
