@@ -211,16 +211,14 @@ class Dual(NamedTuple):
 
 def apply_part(part, *inputs):
     """part(*inputs). Where inputs are Duals, so is the output: forward-mode differentiation."""
-    places = [i for i, x in enumerate(inputs) if isinstance(x, Dual)]
-    if not places:
+    duals = [x for x in inputs if isinstance(x, Dual)]
+    if not duals:
         return part(*inputs)
 
     def of_values(*values):
-        given = list(inputs)
-        for i, value in zip(places, values, strict=True):
-            given[i] = value
-        return part(*given)
-    values, tangents = zip(*(inputs[i] for i in places), strict=True)
+        values = list(values)
+        return part(*[values.pop(0) if isinstance(x, Dual) else x for x in inputs])
+    values, tangents = zip(*duals, strict=True)
     return Dual(*torch.func.jvp(of_values, values, tangents))
 
 
@@ -497,7 +495,7 @@ def command(main):
             hint = ": another process is lost: see what it said, then repeat the command"
         elif not isinstance(error, (InputError, OSError)):
             raise
-        leave(2, f"error: {text[:300] if hint else text}{hint}")
+        leave(2, f"error: {text}{hint}")
     if dist.is_initialized():
         # Not left to Python's exit, where a thread of Gloo's may abort.
         dist.destroy_process_group()
@@ -1044,7 +1042,7 @@ def begin_run(about, net, average, optimizer):
     if is_first() and states_of(out):
         lock(out / ".lock")
     elif is_first():
-        start_folder(out, "run.json", {"settings": settings, **provenance()}, "settings", FREE)
+        start_folder(out, "run.json", {"settings": settings}, "settings", FREE)
     if states := states_of(out):
         path = next(iter(states.values()))
         saved = read_tensors(path, only=())[1]
