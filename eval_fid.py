@@ -59,8 +59,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6).
 
     (D,), (D, D), (D,), (D, D), tensors or arrays -> float >= 0, computed in float64 on the CPU.
-    The last trace is the sum of the singular values of C_1^1/2 C_2^1/2: squared, as its formula has them,
-    they would lose half of their digits where a covariance is singular."""
+    The last trace is the sum of the singular values of C_1^1/2 C_2^1/2. Taken as roots of eigenvalues, they
+    would lose half of their digits where a covariance is singular."""
     moments = [torch.as_tensor(x).double().cpu() for x in (mean_1, cov_1, mean_2, cov_2)]
     mean_1, cov_1, mean_2, cov_2 = moments
     if mean_1.shape != mean_2.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
