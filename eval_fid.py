@@ -9,9 +9,10 @@
     python eval_fid.py --reference data/val --save-statistics val.safetensors    # a reference for later
 
 Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 1904.06991 (precision, recall), 2306.04675 (FD-DINOv2).
-What each number is, and whose numbers it may stand beside: docs/EVALUATION.md.
+What each number means, and what it can be compared with: docs/EVALUATION.md.
 """
 import hashlib
+import math
 import re
 import zipfile
 import zlib
@@ -20,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from model import (
-    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, all_reduce, barrier, command, digest_of, is_first,
-    launch, location, lock, number, progress, provenance, read_json, read_tensors, refuse_other, say, whole,
+    IMAGE_MEAN, IMAGE_STD, ArgumentParser, InputError, barrier, command, digest_of, gather, is_first, launch,
+    location, lock, number, progress, provenance, read_json, read_tensors, refuse_other, say, whole,
     write_json, write_tensors)
 
 INCEPTION_URL = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -59,34 +59,33 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     """Squared Frechet (2-Wasserstein) distance of two Gaussians (arXiv 1706.08500, eq. 6).
 
     (D,), (D, D), (D,), (D, D), tensors or arrays -> float >= 0, computed in float64 on the CPU.
-    Its last trace is the sum of the singular values of C_1^1/2 C_2^1/2, which keep the digits that squaring
-    would cost where a covariance is singular."""
-    from scipy.linalg import eigh, svdvals
-    moments = [torch.as_tensor(x).double().cpu().numpy() for x in (mean_1, cov_1, mean_2, cov_2)]
+    The last trace is the sum of the singular values of C_1^1/2 C_2^1/2. Taken as roots of eigenvalues, they
+    would lose half of their digits where a covariance is singular."""
+    moments = [torch.as_tensor(x).double().cpu() for x in (mean_1, cov_1, mean_2, cov_2)]
     mean_1, cov_1, mean_2, cov_2 = moments
     if mean_1.shape != mean_2.shape or not cov_1.shape == cov_2.shape == 2 * mean_1.shape:
-        raise InputError(f"moments of shapes {[x.shape for x in moments]} are not of one kind of features")
-    if not all(np.isfinite(x).all() for x in moments):
+        shapes = [tuple(x.shape) for x in moments]
+        raise InputError(f"moments of shapes {shapes} are not of one kind of features")
+    if not all(x.isfinite().all() for x in moments):
         raise InputError("a mean or a covariance is not finite: a damaged file?")
     roots = []
     for cov in (cov_1, cov_2):
-        values, vectors = eigh((cov + cov.T) / 2)
-        if values[0] < -1e-3 * abs(values[-1]):
-            raise InputError("a covariance has negative eigenvalues: a damaged file?")
+        values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
         # The others are 0 but for rounding.
-        kept = values > values[-1] * len(values) * np.finfo(float).eps
-        roots.append(vectors[:, kept] * values[kept] ** 0.5)  # C = R R^T
-    cross = svdvals(roots[0].T @ roots[1]).sum() if all(root.size for root in roots) else 0
-    return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + cov_1.trace() + cov_2.trace() - 2 * cross))
+        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        roots.append(vectors[:, kept] * values[kept].sqrt())  # C = R R^T
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    return max(0.0, distance.item())
 
 
 def precision_recall(real, fake, k=3, block=2048):
     """Improved precision and recall (arXiv 1904.06991) as ADM counts: (N, D), (M, D) -> two floats in [0, 1].
 
-    A set's manifold: the balls around its points, each as far as the point's k-th nearest other one, border
-    included. Precision is the part of `fake` in the manifold of `real`, recall the part of `real` in that of
-    `fake`. N, M > k. Float64, on the features' device, in blocks of rows."""
-    # Where |a|^2 + |b|^2 - 2 a b cancels least; torch.cdist without it takes 30 times as long.
+    A set's manifold is the union of closed balls around its points, each up to the k-th nearest neighbour.
+    Precision is the share of `fake` in the manifold of `real`, recall that of `real` in that of `fake`.
+    N, M > k. Float64, on the features' device, in blocks of rows."""
+    # Centred, |a|^2 + |b|^2 - 2 a b cancels least; torch.cdist without that formula takes 30 times as long.
     centre = real.double().mean(0)
     real, fake = real.double() - centre, fake.double() - centre
 
@@ -101,7 +100,7 @@ def precision_recall(real, fake, k=3, block=2048):
         inside = []
         for rows in points.split(block):
             distances, rounding = squared_distances(rows, of)
-            # Less rounding, so that ties count, as in exact arithmetic.
+            # So that ties count, as in exact arithmetic.
             inside.append((distances - rounding <= radii).any(1))
         return torch.cat(inside).double().mean().item()
     return share_in_manifold(fake, of=real), share_in_manifold(real, of=fake)
@@ -121,7 +120,7 @@ def inception_score(probabilities, split_size=5000):
 # ---- Images: len(), image_size, read(consecutive indices) -> uint8 (B, 3, S, S), labels
 @contextmanager
 def reading(path):
-    """What a damaged or foreign .npz ends in becomes an InputError."""
+    """Errors from a damaged or foreign .npz become an InputError."""
     try:
         yield
     except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -129,33 +128,33 @@ def reading(path):
 
 
 class NpzImages:
-    """`arr_0` of an .npz, streamed: 50,000 images of 256 px are 10 GB, a batch is not."""
+    """`arr_0` of an .npz, read batch by batch: 50,000 images of 256 px are 10 GB."""
 
     def __init__(self, path):
         self.path = path
         with reading(path):
             self.member = zipfile.ZipFile(path).open("arr_0.npy")
             np.lib.format.read_magic(self.member)
-            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.member)
-            side = self.shape[1:2]
-            if (self.shape[1:], dtype, fortran) != ((*side, *side, 3), np.uint8, False):
-                raise ValueError(f"it is {dtype} {self.shape}{', in Fortran order' * fortran}")
-        self.image_size, self.start = side[0], self.member.tell()
-        self.bytes_per_image = 3 * self.image_size ** 2
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.member)
+            side = shape[1:2]
+            if (shape[1:], dtype, fortran) != ((*side, *side, 3), np.uint8, False):
+                raise ValueError(f"it is {dtype} {shape}{', in Fortran order' * fortran}")
+        self.count, self.image_size = shape[:2]
+        self.start = self.member.tell()
 
     def __len__(self):
-        return self.shape[0]
+        return self.count
 
     def read(self, indices):
+        shape = (len(indices), self.image_size, self.image_size, 3)
         with reading(self.path):
-            self.member.seek(self.start + indices[0] * self.bytes_per_image)
-            data = np.frombuffer(self.member.read(len(indices) * self.bytes_per_image), np.uint8)
-            images = data.reshape(len(indices), *self.shape[1:]).transpose(0, 3, 1, 2)
-        return torch.from_numpy(images.copy()), None
+            self.member.seek(self.start + indices[0] * math.prod(shape[1:]))
+            images = np.frombuffer(self.member.read(math.prod(shape)), np.uint8).reshape(shape)
+        return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), None
 
 
 def open_images(path, size):
-    """An .npz; or a folder or .zip of images, brought to `size` (None: of its first one) as ADM does."""
+    """An .npz; or a folder or .zip of images, resized as ADM does to `size` (None: that of the first)."""
     if path.endswith(".npz"):
         return NpzImages(path)
     from encode_latents import Images
@@ -166,10 +165,10 @@ def open_images(path, size):
     return images
 
 
-# ---- Feature networks: -> what it is, and functions of uint8 images (B, 3, S, S):
-# features (B, D), and probabilities (B, classes) or None
+# ---- Feature networks: -> what it is; functions of uint8 images (B, 3, S, S) to features (B, D),
+# and to probabilities (B, classes), or None
 def inception(path, device):
-    """The original FID's network, as TorchScript: at `path`, or fetched once into torch's cache."""
+    """The original FID's network, in TorchScript: from `path`, or fetched once into torch's cache."""
     try:
         if not path:
             path = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
@@ -189,7 +188,7 @@ def inception(path, device):
 
 
 def dinov2(source, device):
-    """CLS token after a DINOv2's last LayerNorm, at 224 px by Pillow's bicubic: dgm-eval's (2306.04675)."""
+    """A DINOv2's CLS token after its last LayerNorm, images at 224 px by Pillow's bicubic: as dgm-eval."""
     from transformers import AutoModel
     try:
         net = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
@@ -217,7 +216,6 @@ def frozen_encoder(latents, device):
 
 
 def load_features(args, device):
-    """The one of these that --features names."""
     if args.features == "inception":
         return inception(args.inception, device)
     if args.features.startswith("encoder:"):
@@ -228,9 +226,9 @@ def load_features(args, device):
 # ---- From images to statistics -----------------------------------------------
 @torch.no_grad()
 def measure(images, embed, classify, kept, micro_batch, device, rank, world):
-    """-> {"mean", "covariance", and "features" of `kept` images, evenly spread}; probabilities or None.
+    """-> {"mean", "covariance", and "features" of `kept` images, evenly spread}; probabilities, if any.
 
-    Each process takes consecutive images, as the Inception Score's splits go by order."""
+    Each process takes consecutive images: the Inception Score's splits depend on their order."""
     count = len(images)
     if count < max(4, world):
         raise InputError(f"{count} images are too few: give {max(4, world)} at least, and to publish 50,000")
@@ -247,16 +245,12 @@ def measure(images, embed, classify, kept, micro_batch, device, rank, world):
             raise InputError(f"features of images {i} to {rows[-1]} are not finite")
         moments.update(f)
         features.append(f.cpu()[keep[i:rows.stop]])
-        if classify:
-            probabilities.append(classify(batch).float().cpu())
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, (features, probabilities))
-        features, probabilities = (sum((part[i] for part in parts), []) for i in (0, 1))
-        moments.total, moments.scatter = all_reduce(moments.total.cpu()), all_reduce(moments.scatter.cpu())
-        moments.count = count
+        probabilities.append(classify(batch).float().cpu() if classify else torch.empty(0))
+    parts = torch.cat(features), torch.cat(probabilities), moments.total.cpu(), moments.scatter.cpu()
+    features, probabilities, totals, scatters = zip(*gather(parts), strict=True)
+    moments.count, moments.total, moments.scatter = count, sum(totals), sum(scatters)
     found = {"mean": moments.mean, "covariance": moments.covariance, "features": torch.cat(features)}
-    return found, torch.cat(probabilities) if classify else None
+    return found, torch.cat(probabilities)
 
 
 # ---- The command -------------------------------------------------------------
@@ -265,37 +259,35 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("samples", type=location, nargs="?", help=".npz with arr_0 uint8 (N, S, S, 3), or a folder of images")
     add("--reference", type=location, required=True,
-        help=".npz of images or ADM's mu and sigma, folder or .zip of images, or --save-statistics FILE")
+        help=".npz of images or of ADM's mu and sigma, folder or .zip of images, --save-statistics FILE")
     add("--image-size", type=whole(), metavar="PX",
-        help="to which folders are brought (default: the samples'; without samples 256)")
+        help="to which a folder's images are resized (default: the samples' size; without samples 256)")
     add("--pr-images", type=number(int, 0), default=10_000, metavar="N",
-        help="images of the reference for precision and recall, at most (ADM); 0: neither")
+        help="images of the reference for precision and recall, at most (ADM); under 4: neither")
     add("--features", default="inception", help="inception (FID), dinov2 (facebook/dinov2-large), another "
-        "DINOv2's Hub id or folder, or encoder:LATENTS, the encoder that made these")
+        "DINOv2's Hub id or folder, or encoder:LATENTS, which made a folder's latents")
     add("--inception", type=location, metavar="PATH", help="TorchScript file (default: NVIDIA's, fetched)")
     add("--micro-batch", type=whole(), default=64, help="images per device and forward pass (ADM)")
     add("--out", type=location, metavar="JSON", help="the results (default: SAMPLES.FEATURES.json)")
     add("--save-statistics", type=location, metavar="FILE",
-        help="keep the reference's, .safetensors; needs no SAMPLES")
+        help="keep the reference's in this .safetensors; needs no SAMPLES")
 
     args = parser.parse_args(argv)
     if not args.samples and not args.save_statistics:
         parser.error("give SAMPLES, or --save-statistics FILE")
-    if 0 < args.pr_images < 4:
-        parser.error(f"--pr-images {args.pr_images}: 0, or at least 4")
     for path, suffix in ((args.out, ".json"), (args.save_statistics, ".safetensors")):
         if path and not path.endswith(suffix):
             parser.error(f"{path} must end in {suffix}")
     if args.samples and not args.out:
-        kind = re.sub(r"\W+", "-", args.features)
-        args.out = f"{str(Path(args.samples)).removesuffix('.npz')}.{kind}.json"
+        features = re.sub(r"\W+", "-", args.features)
+        args.out = f"{str(Path(args.samples)).removesuffix('.npz')}.{features}.json"
     return args
 
 
 def open_reference(args, size):
-    """-> images or None; what the file brings of {"mean", "covariance", "features"}; its `about`.
+    """-> images or None; the file's statistics, among {"mean", "covariance", "features"}; its `about`.
 
-    ADM's hold moments of Inception features of ImageNet's whole training set, and 10,000 images."""
+    ADM's file holds the Inception moments of ImageNet's whole training set, and 10,000 images."""
     path, stored = args.reference, {}
     if path.endswith(".safetensors"):
         parts, about, _ = read_tensors(path)
@@ -334,7 +326,7 @@ def main(argv=None):
             before = read_tensors(path, only=())[1] if path == args.save_statistics else read_json(path)
             refuse_other(path, {name: before.get(name) for name in made}, made)
 
-    # Statistics of the reference, its images' or those that it brings, and of the samples
+    # Statistics of the reference, its images' or those in its file, and of the samples
     place = args.micro_batch, device, rank, world
     if real is not None:
         stored = {**measure(real, embed, None, min(args.pr_images, len(real)), *place)[0], **stored}
@@ -346,12 +338,12 @@ def main(argv=None):
     if rank > 0 or not args.samples:
         return
 
-    # The metrics, and what to know of them
-    moments = [side[name] for side in (fake, stored) for name in ("mean", "covariance")]
+    # The metrics
+    moments = fake["mean"], fake["covariance"], stored["mean"], stored["covariance"]
     metrics = {"frechet_distance": frechet_distance(*moments)}
     if classify:
         metrics["inception_score"] = inception_score(probabilities)
-    if args.pr_images and len(real := stored.get("features", ())):
+    if args.pr_images > 3 and len(real := stored.get("features", ())) > 3:
         real, fake = real.to(device), fake["features"].to(device)
         metrics["precision"], metrics["recall"] = precision_recall(real, fake)
     counts = {"samples": len(samples), "reference": saved.get("count", 0)}
@@ -361,8 +353,7 @@ def main(argv=None):
         say(f"{name.replace('_', ' '):18}{value:.4f}")
     for name, count in counts.items():
         if 0 < count < 10_000:
-            say(f"note: {count:,} {name}: under 10,000 the distance is biased upwards, compare equal counts; "
-                f"up to {len(moments[0]):,} the covariance is singular")
+            say(f"note: {count:,} {name}: under 10,000 the distance is biased upwards, compare equal counts")
     say(f"all of it is in {args.out}")
 
 

@@ -18,10 +18,11 @@ import hashlib
 import json
 import math
 import os
-import re
+import platform
+import shlex
 import signal
+import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -38,7 +39,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---- Presets: (encoder tower, head); -mini: the sanity run's -
+# ---- Presets: pairs (encoder tower, head); -mini: the sanity run's
 DIT_PRESETS = {
     "DiTDH-XL": dict(hidden_size=(1152, 2048), depth=(28, 2), num_heads=(16, 16)),
     "DiTDH-B": dict(hidden_size=(768, 2048), depth=(12, 2), num_heads=(12, 16)),
@@ -106,16 +107,6 @@ class FourierEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
-class LabelEmbedding(nn.Module):
-    def __init__(self, num_classes, width):
-        super().__init__()
-        # The last row is "no label".
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
 class TokenEmbedding(nn.Module):
     """A 1x1 convolution, (B, C, G, G) -> (B, N, d), as a product: cuDNN's convolutions would use TF32."""
 
@@ -160,9 +151,9 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Fused, except under torch.compile, which fuses the formula as well.
+    """Torch's fused operator; under torch.compile the formula, which is then fused as well.
 
-    It cannot trace the fused operator's forward-mode derivative on a GPU (torch 2.11)."""
+    torch.compile cannot trace the operator's forward-mode derivative on a GPU (torch 2.11)."""
 
     def forward(self, x):
         if not torch.compiler.is_compiling():
@@ -220,16 +211,14 @@ class Dual(NamedTuple):
 
 def apply_part(part, *inputs):
     """part(*inputs). Where inputs are Duals, so is the output: forward-mode differentiation."""
-    places = [i for i, x in enumerate(inputs) if isinstance(x, Dual)]
-    if not places:
+    duals = [x for x in inputs if isinstance(x, Dual)]
+    if not duals:
         return part(*inputs)
 
     def of_values(*values):
-        given = list(inputs)
-        for i, value in zip(places, values, strict=True):
-            given[i] = value
-        return part(*given)
-    values, tangents = zip(*(inputs[i] for i in places), strict=True)
+        values = list(values)
+        return part(*[values.pop(0) if isinstance(x, Dual) else x for x in inputs])
+    values, tangents = zip(*duals, strict=True)
     return Dual(*torch.func.jvp(of_values, values, tangents))
 
 
@@ -265,15 +254,15 @@ class DiTDH(nn.Module):
         self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.t_embedder = FourierEmbedding(width)
         self.r_embedder = FourierEmbedding(width) if time_difference else None
-        self.y_embedder = LabelEmbedding(num_classes, width)
+        # The last row is "no label".
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
         self.enc_feat_rope = Rotary(width // num_heads[0], input_size)
         self.dec_feat_rope = Rotary(head_width // num_heads[1], input_size)
         towers = [(width, num_heads[0])] * depth[0] + [(head_width, num_heads[1])] * depth[1]
         self.blocks = nn.ModuleList([Block(*tower) for tower in towers])
         self.final_layer = FinalLayer(head_width, in_channels)
         for embedder in (self.s_embedder, self.x_embedder):
-            weight = embedder.proj.weight
-            nn.init.xavier_uniform_(weight.view(len(weight), -1))
+            nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))
             nn.init.zeros_(embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
@@ -288,7 +277,7 @@ class DiTDH(nn.Module):
         y: (B,) int, num_classes: "no label".
 
         Returns (B, C, G, G): the velocity (teacher) or the mean velocity over [s, t] (student);
-        of Duals z and t, as jvp_by_parts gives them, a Dual.
+        a Dual if z and t are Duals, as jvp_by_parts makes them.
         ValueError: a student without s, a teacher with it, arguments in another order."""
         wrong_s = (s is None) != (self.r_embedder is None)
         if wrong_s or y.is_floating_point() or not (s is None or s.is_floating_point()):
@@ -299,7 +288,7 @@ class DiTDH(nn.Module):
         #   e = embed_times(t, s); x = blocks(s_embedder(z) + pos_embed, silu(e + y_embedder(y)))
         #   q = s_projector(silu(e + x)); return final_layer(head_blocks(x_embedder(z), q), q)
         e_t = self.run(self.embed_times, t, s)
-        c = self.run(lambda e_t, y: F.silu(e_t + self.y_embedder(y))[:, None], e_t, y)
+        c = self.run(lambda e_t, y: F.silu(e_t + self.y_embedder.embedding_table(y))[:, None], e_t, y)
         x = self.run(lambda z: self.s_embedder(z) + self.pos_embed, z)
         for block in self.blocks[:self.depth[0]]:
             x = self.run(block, x, c, self.enc_feat_rope, attention)
@@ -357,7 +346,7 @@ class DecoderLayer(nn.Module):
 class ViTDecoder(nn.Module):
     """(B, C, G, G) de-normalized latents -> (B, 3, G * patch, G * patch) images, about in [0, 1].
 
-    image_norm: mean and std of the encoder's pixels, which the decoder's are given back with."""
+    image_norm: the mean and std by which the encoder normalizes pixels; undone here."""
 
     def __init__(self, input_size, in_channels, hidden_size, depth, num_heads, mlp_size, patch_size=16,
                  image_norm=(IMAGE_MEAN, IMAGE_STD)):
@@ -436,8 +425,8 @@ def long_jumps(h, z, y, times):
 def guided(teacher, scale, interval=(0.0, 1.0), weak=None):
     """A function (z, t, y): v_weak + scale (v - v_weak) for t in `interval`, v elsewhere.
 
-    v_weak: the weaker teacher `weak` (autoguidance, arXiv 2406.02507),
-    or the teacher without label (CFG, 2207.12598), which does not change a row that has no label.
+    v_weak: of the weaker teacher `weak` (autoguidance, arXiv 2406.02507), or of the teacher without label
+    (CFG, 2207.12598), which leaves rows without label as they are.
     Intervals: arXiv 2404.07724. Costs two evaluations."""
     def velocity(z, t, y):
         if weak:
@@ -454,44 +443,46 @@ def guided(teacher, scale, interval=(0.0, 1.0), weak=None):
 # ---- Latent statistics: {"mean", "var"}, (C, H, W), float64 --
 def normalize(z, stats):
     """Raw latents (B, C, H, W) -> the backbone's: (z - mean) / sqrt(var + 1e-5), float32."""
-    mean, std = stats["mean"], (stats["var"] + 1e-5).sqrt()
-    return (z.float() - mean.to(z.device).float()) / std.to(z.device).float()
+    mean, std = mean_and_std(stats, z.device)
+    return (z.float() - mean) / std
 
 
 def denormalize(z, stats):
     """The inverse of `normalize`: what the decoder takes."""
-    mean, std = stats["mean"], (stats["var"] + 1e-5).sqrt()
-    return z.float() * std.to(z.device).float() + mean.to(z.device).float()
+    mean, std = mean_and_std(stats, z.device)
+    return z.float() * std + mean
+
+
+def mean_and_std(stats, device):
+    return stats["mean"].to(device).float(), (stats["var"] + 1e-5).sqrt().to(device).float()
 
 
 # ==============================================================
 # The method ends here. Below: processes, flags, files and runs.
 # ==============================================================
 class InputError(Exception):
-    """What the user gave is wrong. One line says what is wrong, and what to do."""
+    """A mistake of the user's: one line that says what is wrong and what to do."""
 
 
 # ---- Randomness that follows from a key ----------------------
 def generator(device, *key):
-    """A torch.Generator on `device` that follows from `key` (numbers, strings) alone.
-
-    Related keys, such as neighbouring steps, give unrelated streams."""
+    """A torch.Generator on `device`, seeded by a hash of `key` (numbers, strings)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def generators(device, rows, *key):
-    """One for each block of four rows of a global batch, from rows[0] to rows[1].
+    """One for each block of four rows of the global batch, from rows[0] to before rows[1].
 
-    So the numbers do not depend on the split into processes and micro-batches."""
+    So random numbers do not depend on how the batch is split into processes and micro-batches."""
     return [generator(device, *key, block) for block in range(rows[0] // 4, rows[1] // 4)]
 
 
 # ---- Processes -----------------------------------------------
 def command(main):
-    """Run a script's `main`. What is no bug is one line on stderr: status 2, or 130 for Ctrl-C."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")         # the name of a file may be no text
+    """Run a script's `main`. An error that is no bug is one line on stderr and status 2; Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")         # a file's name may be no valid text
     try:
         main()
     except KeyboardInterrupt:
@@ -504,9 +495,9 @@ def command(main):
             hint = ": another process is lost: see what it said, then repeat the command"
         elif not isinstance(error, (InputError, OSError)):
             raise
-        leave(2, f"error: {text[:300] if hint else text}{hint}")
+        leave(2, f"error: {text}{hint}")
     if dist.is_initialized():
-        # Here no frame holds the network. Later, a Gloo thread may abort.
+        # Not left to Python's exit, where a thread of Gloo's may abort.
         dist.destroy_process_group()
 
 
@@ -525,26 +516,22 @@ def say(text):
 
 
 def progress(items, total, unit):
-    """The items, with a bar in a terminal, or a line every half minute where there is none."""
-    bar = tqdm(items, total=total, unit=f" {unit}", disable=None if is_first() else True)
-    said = time.monotonic()
-    for n, item in enumerate(bar, 1):
-        if bar.disable and time.monotonic() > said + 30:
-            said = time.monotonic()
-            say(f"{n:,} of {total:,} {unit}")
-        yield item
+    """The items, with a progress bar; where there is no terminal, it is printed every half minute."""
+    wait = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(items, total=total, unit=f" {unit}", disable=not is_first(), delay=wait, mininterval=wait,
+                miniters=1)
 
 
 def launch(hours=0.5):
-    """Join torchrun's processes, if any. Returns (device, rank, number of processes).
+    """Join the processes of torchrun, if any. Returns (device, rank, number of processes).
 
-    hours: how long one waits for another. InputError: srun's tasks, or no GPU for each process."""
-    by_torchrun = "RANK" in os.environ
+    hours: how long one waits for another. InputError: tasks of srun, or fewer GPUs than processes."""
+    by_torchrun = os.environ if "RANK" in os.environ else {}
     if not by_torchrun and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise InputError("srun started several tasks, all with the same work: let each node run torchrun "
                          "--nnodes=N --nproc_per_node=GPUS ... (the script's first lines show it)")
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local, world = (int(os.environ.get(name, n)) if by_torchrun else n for name, n in alone.items())
+    rank, local = (int(by_torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(by_torchrun.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -562,52 +549,53 @@ def is_first():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """Over all processes, in place."""
+def gather(content):
+    """-> [each process's `content`], in every process."""
+    found = [content]
     if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, content)
+    return found
 
 
 def barrier():
-    all_reduce(torch.zeros(()))
+    gather(None)
 
 
 @contextmanager
 def stop_signals():
     """Within it, SIGTERM, SIGINT, SIGHUP and SIGUSR1 only ask the run to end (Ctrl-\\ ends it at once).
 
-    Yields a function that all processes call after each step: the signal that any has got, or 0."""
+    Yields a function that all processes call after each step: the signal that one of them got, or 0."""
     got, before = [0], {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:    # nohup stays nohup
-                before[number] = signal.signal(number, lambda number, frame: got.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:        # nohup's SIGHUP stays ignored
+            before[number] = signal.signal(number, lambda number, frame: got.append(number))
     try:
-        yield lambda: int(all_reduce(torch.tensor(got[-1]), dist.ReduceOp.MAX))
+        yield lambda: max(gather(got[-1]))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def distribute(net, device):
-    """`net`, under DistributedDataParallel where there are several processes."""
+    """`net`, in DistributedDataParallel if there are several processes."""
     if not dist.is_initialized():
         return net
     devices = [device] if device.type == "cuda" else None
-    # Its buffers are tables that never change.
+    # The buffers are tables that never change: no broadcast.
     return nn.parallel.DistributedDataParallel(
         net, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def micro_batches_of(args, rank, world):
-    """This process's rows of the global batch, as (start, stop) of each micro-batch."""
+    """This process's rows of the global batch: (start, stop) of each micro-batch."""
     share = args.batch_size // world
     sizes = [n for n in range(4, min(share, 64) + 1, 4) if share % n == 0]
     micro = args.micro_batch or max(sizes, default=share)
     if share * world != args.batch_size or not share or micro % 4 or share % micro:
         raise InputError(f"--batch-size {args.batch_size} over {world} processes in micro-batches of {micro} "
-                         "rows: it must divide evenly, and a micro-batch be a multiple of 4")
+                         "rows: it must divide evenly, and a micro-batch must be a multiple of 4")
     return [(row, row + micro) for row in range(rank * share, (rank + 1) * share, micro)]
 
 
@@ -633,7 +621,8 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+        inside = low < value <= high if above else low <= value <= high
+        if not inside or math.isinf(value):
             words = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number {words}")
         return value
@@ -641,7 +630,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def whole(least=1):
-    return number(int, least, 2 ** 63 - 1)
+    return number(int, least)
 
 
 positive = number(float, 0, above=True)
@@ -657,7 +646,7 @@ def location(text):
 
 
 def add_run_flags(parser):
-    """Add the flags that all stages share. Returns what adds to the help's groups data, method, training."""
+    """Add the flags that all stages share. Returns functions that add to data, method, training."""
     data, method, training, machine, files = (
         parser.add_argument_group(title).add_argument
         for title in ("data", "method", "training", "machine", "files"))
@@ -687,7 +676,7 @@ def add_guidance_flags(add):
 
 
 def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
-    """-> the velocity that these flags ask of `teacher`; the weak teacher's sha256, or None."""
+    """-> the teacher's velocity with guidance by these flags; the weak teacher's sha256, or None."""
     if args.guidance == 1:
         return teacher, None
     if args.weak_teacher:
@@ -702,13 +691,13 @@ def load_guidance(args, teacher, about, interval=(0.0, 1.0)):
     return guided(teacher, args.guidance, interval), None
 
 
-# What may change when a run goes on; and paths of inputs, which are known by what lies there.
+# Flags that may change when a run goes on; and paths of inputs, which are known by their contents.
 FREE = set("steps lr lr_final clip precision micro_batch compile checkpoint_activations workers log_every "
            "save_every keep keep_every out latents data_path teacher weak_teacher init stats".split())
 
 
 def refuse_other(where, before, now, free=()):
-    """InputError, naming what differs, unless settings `before`, of `where`, are `now`, `free` ones aside."""
+    """InputError if settings, but for `free` ones, are others now than `before`, which `where` holds."""
     other = [f"{name}: {before.get(name)} there, {now.get(name)} now" for name in {**now, **before}
              if name not in free and before.get(name) != now.get(name)]
     if other:
@@ -720,7 +709,7 @@ def refuse_other(where, before, now, free=()):
 def write_atomically(path, write):
     """`write(file)`, to the disk, rename: `path` holds the old contents or the new, never half.
 
-    A killed writer leaves its half beside it, under one hidden name, which the next one overwrites."""
+    A writer that is killed leaves its half under a hidden name, which the next one overwrites."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -734,24 +723,16 @@ def write_atomically(path, write):
         with suppress(OSError):
             beside.unlink()
         raise InputError(f"cannot write {path} ({error}): make space, or mend it, and repeat") from error
-    with suppress(OSError):            # the rename, too, where the disk can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+
+LOCKS = []                                        # open files: a lock ends when its file is closed
 
 
 def lock(path):
-    """Keep others from what the hidden file `path` stands for, until this process ends."""
+    """Lock the hidden file `path`, and so what it stands for, until this process ends."""
     import fcntl
-    import platform
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise InputError(f"cannot write to {path.parent} ({error}): give another --out") from error
-    LOCKS.append(file)                            # closing it would give the lock away
+    path.parent.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(file := open(path, "a+"))
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -759,20 +740,17 @@ def lock(path):
         raise InputError(f"{path.parent} is written by another process ({file.read()}): wait for it, or "
                          "end it, or give another --out") from error
     except OSError as error:
-        say(f"warning: no locks on this disk ({error}): start nothing twice in {path.parent}")
+        say(f"warning: no locks on this disk ({error}): write {path.parent} by one command at a time")
     with suppress(OSError):                       # of a full disk
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
 
 
-LOCKS = []
-
-
 def start_folder(out, record, content, key, free=()):
-    """Make `out` the folder of the work that its file `record` describes, or see that it is; keep others out.
+    """Lock the folder `out`, and write `content` to its file `record`, which says whose work it holds.
 
-    content: of `record`. What stands there under `key` must agree, settings named in `free` aside.
+    If `record` exists, what it says under `key` must be the same, settings named in `free` aside.
     InputError: other work or something else is there, or another process writes there."""
     path = Path(out, record)
     if path.exists():
@@ -792,7 +770,7 @@ def read_json(path):
     """A dict. InputError: missing, cut short, or something else."""
     try:
         return {**json.loads(Path(path).read_text())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot read {path} ({error}): restore it") from error
 
 
@@ -801,10 +779,11 @@ def bytes_of(tensor):
 
 
 def digest_of(tensors):
-    """sha256 over names, types, shapes and contents of {name: tensor}; hashing lets go of Python's lock."""
+    """sha256 of names, types, shapes and contents of {name: tensor}."""
     def describe(name):
         x = tensors[name]
         return name, str(x.dtype), [*x.shape], hashlib.sha256(bytes_of(x)).hexdigest()
+    # Hashing releases Python's lock.
     with ThreadPoolExecutor() as threads:
         return hashlib.sha256(json.dumps([*threads.map(describe, sorted(tensors))]).encode()).hexdigest()
 
@@ -816,8 +795,8 @@ TYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.f
 def write_tensors(path, parts, about=()):
     """Write {part: {name: tensor}} as safetensors, named PART/NAME (of part "": NAME).
 
-    The header holds `about` (JSON), and a sha256 of each part; these are returned.
-    Not by that library: its writer, when killed, leaves all its gigabytes under a random name."""
+    The header holds `about` (JSON) and the sha256 of each part, {part: sha256}, which is returned.
+    Not by the library, whose writer, when killed, leaves gigabytes under a random name."""
     digests = {part: digest_of(tensors) for part, tensors in parts.items()}
     named = [(f"{part}/{name}".lstrip("/"), x) for part in parts for name, x in parts[part].items()]
     named.sort(key=lambda item: -item[1].itemsize)            # so that each lies aligned
@@ -838,9 +817,9 @@ def write_tensors(path, parts, about=()):
 
 
 def read_tensors(path, only=None, check=True):
-    """-> {part: {name: tensor}}, as maps of the file; about; {part: sha256}.
+    """-> {part: {name: tensor}}, mapped from the file; about; {part: sha256}, empty for files of others.
 
-    only: these parts. check: compare them with the digests, in the first process; others' files have none.
+    only: these parts alone. check: compare them with their digests, in the first process.
     InputError: missing, cut short, or damaged."""
     from safetensors import SafetensorError, safe_open
     parts = {}
@@ -862,113 +841,99 @@ def read_tensors(path, only=None, check=True):
 
 # ---- Networks in files ---------------------------------------
 def find(source):
-    """The file of a network: itself; of a folder the newest state, or model.safetensors; or of the Hub.
+    """The file of a network: itself; a folder's newest state, or model.safetensors; or from the Hub.
 
-    There, or in its cache: ORGANIZATION/REPOSITORY/FILE, or .../FOLDER for the model.safetensors in it."""
+    There, or in its cache: ORGANIZATION/REPOSITORY/FILE."""
     path, parts = Path(source), str(source).split("/")
     if path.is_dir():
         return next(iter(states_of(path).values()), path / "model.safetensors")
     if path.exists():
         return path
-    if len(parts) < 2 or parts[0] in ("", "runs") or Path(parts[0]).exists():
+    if len(parts) < 3 or Path(parts[0]).exists():
         made = str(source) in ("runs/teacher", "runs/cmt", "runs/meanflow")
         raise InputError(f"{source} does not exist" + f": python train_{parts[-1]}.py makes it" * made)
     from huggingface_hub import hf_hub_download
-    if path.suffix not in (".pt", ".safetensors"):
-        parts.append("model.safetensors")
     say(f"{source} is not here: asking the Hugging Face Hub")
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:                    # offline, absent, forbidden, ...: a dozen kinds
-        raise InputError(f"{source} is neither here nor could it be had from the Hub ({error})") from error
-
-
-def read_parts(source):
-    """-> {part: {name: tensor}}, about, {part: sha256} of a network or statistics, ours or published."""
-    path = find(source)
-    if path.suffix == ".safetensors":
-        return read_tensors(path, ("ema", "stats", ""))
-    try:
-        content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        weights = dict(content.get("ema", content.get("model", content)))
-    except Exception as error:                    # half a dozen kinds
-        raise InputError(f"cannot read {path} ({type(error).__name__}): cut short, no .pt file, or with "
-                         "objects in it that could run code: save its tensors alone") from error
-    return {"": {name: x for name, x in weights.items() if name != "step"}}, {}, {}
+        raise InputError(f"{source} is neither here nor to be had from the Hub ({error})") from error
 
 
 def read_state(source):
-    """-> {name: tensor} of a network, of its average where a file has both; what else the file says.
+    """-> {name: tensor} of a file of ours or a published one; what else it says, "stats", "sha256".
 
-    Prefixes that all names share, as of DDP or torch.compile, are taken off."""
-    parts, about, digests = read_parts(source)
+    Of a training state, the average. Prefixes that all names share (DDP's, torch.compile's) are taken off."""
+    path = find(source)
+    if path.suffix == ".safetensors":
+        parts, about, digests = read_tensors(path, ("ema", "stats", ""))
+    else:
+        try:
+            content = dict(torch.load(path, map_location="cpu", weights_only=True))
+            content = dict(content.get("ema", content.get("model", content)))
+        except Exception as error:                # half a dozen kinds
+            raise InputError(f"cannot read {path} ({type(error).__name__}): cut short, no .pt file, or with "
+                             "objects in it that could run code: save its tensors alone") from error
+        tensors = {str(name): x for name, x in content.items() if isinstance(x, torch.Tensor)}
+        tensors.pop("step", None)
+        parts, about, digests = {"": tensors}, {}, {}
     part = "ema" if "ema" in parts else ""
     state = parts.get(part, {})
     while len({name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
         state = {name.partition(".")[2]: x for name, x in state.items()}
-    with fits(source, "network", state):
-        sha256 = digests.get(part) or digest_of(state)
-    return state, {**about, "stats": parts.get("stats"), "sha256": sha256}
+    return state, {**about, "stats": parts.get("stats"), "sha256": digests.get(part) or digest_of(state)}
 
 
 @contextmanager
-def fits(source, kind, state):
-    """What goes wrong within it is an InputError: `state`, of `source`, is no `kind`."""
+def fits(source, kind):
+    """An error within it becomes an InputError: `source` is no `kind`."""
     try:
         yield
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason, names = " ".join(str(error).split())[:1000], ", ".join(list(state)[:3])
-        reason = "it has no " * isinstance(error, KeyError) + reason
-        raise InputError(f"{source} is no {kind}: {reason}; its first names are {names}") from error
-
-
-def fill(net, source, state, new=()):
-    """Copy `state` into `net`. new: prefixes of tensors that stay as initialized where it has none (said)."""
-    fresh = {name: x for name, x in net.state_dict().items() if name not in state and name.startswith(new)}
-    if fresh:
-        say(f"starts anew, as {source} has none: {', '.join(fresh)}")
-    net.load_state_dict({**state, **fresh})
+    except Exception as error:                    # from names, shapes and types that are others
+        reason = "it has no " * isinstance(error, KeyError) + " ".join(str(error).split())[:1000]
+        raise InputError(f"{source} is no {kind}: {reason}") from error
 
 
 def load_network(source, kind=None, num_classes=None):
-    """A teacher or a student: a run's folder or state, a published .pt or .safetensors, or the Hub.
+    """A teacher or a student: a run's folder or state, a published .pt or .safetensors, or a path on the Hub.
 
-    kind: "teacher"; "student", which a teacher's weights may start, with a new embedding of t - s; or None.
-    num_classes: of a new label table.
+    kind: "teacher"; "student", for which a teacher's weights will do: its embedding of t - s is then new; or
+    None, what it is. num_classes: the size of a new label table.
     Returns (net on the CPU, about): "kind", "time_shift", "classes" (names, or None), "stats" ({"mean",
-    "var"}, or None), "sha256" (what it is, wherever it lies), and what else the file says."""
+    "var"}, or None), "sha256" (of its tensors), and what else the file says."""
     state, about = read_state(source)
     found = "student" if "r_embedder.W" in state else "teacher"
-    kind, new = kind or found, ("r_embedder.",) if found == "teacher" else ()
+    kind = kind or found
     if (found, kind) == ("student", "teacher"):
         raise InputError(f"{source} is a student, a teacher is needed here")
-    with fits(source, "DiT-DH", state):
+    with fits(source, "DiT-DH"):
         width, channels = state["s_embedder.proj.weight"].shape[:2]
         head_width = len(state["x_embedder.proj.weight"])
-        widths = [len(x) for name, x in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", name)]
+        widths = [len(x) for name, x in state.items() if name.endswith(".norm1.weight")]
         # Of towers of one width, shapes do not tell which blocks are the head's.
         head = about.get("head_depth", 2) if width == head_width else widths.count(head_width)
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        if num_classes:
-            state = {name: x for name, x in state.items() if not name.startswith("y_embedder.")}
-            new += ("y_embedder.",)
-        towers = (width, "enc"), (head_width, "dec")
         net = DiTDH(
             input_size=math.isqrt(state["pos_embed"].shape[1]),
             in_channels=channels,
             hidden_size=(width, head_width),
             depth=(len(widths) - head, head),
-            num_heads=tuple(w // state[f"{tower}_feat_rope.freqs_cos"].shape[1] for w, tower in towers),
+            num_heads=(width // state["enc_feat_rope.freqs_cos"].shape[1],
+                       head_width // state["dec_feat_rope.freqs_cos"].shape[1]),
             num_classes=num_classes or classes,
             time_difference=kind == "student")
-        fill(net, source, state, new)
+        new = ("r_embedder.",) * (found == "teacher") + ("y_embedder.",) * bool(num_classes)
+        fresh = {name: x for name, x in net.state_dict().items() if name.startswith(new)}
+        if fresh:
+            say(f"new, not from {source}: {', '.join(fresh)}")
+        net.load_state_dict({**state, **fresh})
     return net, {"time_shift": default_time_shift(net.shape), "classes": None, **about, "kind": kind}
 
 
 def load_decoder(source):
     """A ViTDecoder, likewise. Returns (decoder on the CPU, about): "stats", "sha256", ..."""
     state, about = read_state(source)
-    with fits(source, "decoder of a size in DECODER_PRESETS", state):
+    with fits(source, "decoder of a size in DECODER_PRESETS"):
         width, channels = state["decoder_embed.weight"].shape
         heads = {preset["hidden_size"]: preset["num_heads"] for preset in DECODER_PRESETS.values()}
         decoder = ViTDecoder(
@@ -980,7 +945,7 @@ def load_decoder(source):
             mlp_size=len(state["decoder_layers.0.intermediate.dense.bias"]),
             patch_size=math.isqrt(len(state["decoder_pred.bias"]) // 3),
             image_norm=about.get("image_norm", (IMAGE_MEAN, IMAGE_STD)))
-        fill(decoder, source, state)
+        decoder.load_state_dict(state)
     return decoder, about
 
 
@@ -996,25 +961,24 @@ def load_stats(source, shape=None):
     source: a folder of latents, a run, a latent_stats.safetensors, or a published stat.pt.
     A mean of None stands for 0: the published networks were trained so."""
     path = Path(source, "latent_stats.safetensors")
-    parts, *_ = read_parts(path if path.exists() else source)
-    found = parts.get("stats", parts.get("", {}))
-    if not isinstance(found.get("var"), torch.Tensor):
+    state, about = read_state(path if path.exists() else source)
+    found = about["stats"] or state
+    if "var" not in found:
         raise InputError(f"{source} holds no latent statistics (mean, var)")
-    var, mean = found["var"].double(), found.get("mean")
-    stats = {"mean": torch.zeros_like(var) if mean is None else mean.double(), "var": var}
+    var = found["var"].double()
+    mean = found.get("mean", torch.zeros_like(var)).double()
     shape = tuple(shape or var.shape)
-    if any(tuple(x.shape) != shape or not x.isfinite().all() for x in stats.values()) or var.min() < 0:
-        raise InputError(f"{source} holds statistics {tuple(var.shape)}, needed are {shape}, finite and "
-                         "no variance below 0: of another encoder or size of images, or damaged?")
-    return stats
+    if not mean.shape == var.shape == shape:
+        raise InputError(f"{source} holds statistics {tuple(var.shape)}, needed are {shape}: of another "
+                         "encoder or size of images?")
+    return {"mean": mean, "var": var}
 
 
 # ---- Runs: a folder with states of one network in training ---
 def states_of(out):
     """{step: path} of the states in a run's folder, newest first."""
-    exact = re.compile(r"state_\d{8,18}\.safetensors").fullmatch
-    paths = [path for path in Path(out).glob("state_*") if exact(path.name)]
-    return dict(sorted(((int(path.stem[6:]), path) for path in paths), reverse=True))
+    paths = Path(out).glob(f"state_{'[0-9]' * 8}.safetensors")
+    return {int(path.stem.removeprefix("state_")): path for path in sorted(paths, reverse=True)}
 
 
 def contents(net, average, optimizer):
@@ -1027,7 +991,7 @@ def contents(net, average, optimizer):
 
 
 def save_state(about, step, seconds, net, average, optimizer):
-    """Write a state: what the same command goes on from, and a network, the average.
+    """Write a state: what the same command goes on from, and a network (the average) for other scripts.
 
     about: see begin_run. InputError: weights are not finite."""
     norms = torch._foreach_norm([*net.parameters(), *average.parameters()])
@@ -1035,22 +999,32 @@ def save_state(about, step, seconds, net, average, optimizer):
         raise InputError(f"weights are not finite at step {step}; not saved: try a lower --lr or --clip, or "
                          "--precision fp32")
     if is_first():
-        text = {name: x for name, x in about.items() if name != "stats"} | {"step": step, "seconds": seconds}
-        parts = {**contents(net, average, optimizer), "stats": about["stats"]}
-        write_tensors(Path(about["settings"]["out"], f"state_{step:08d}.safetensors"), parts, text)
+        about = {**about, "step": step, "seconds": seconds}
+        parts = {**contents(net, average, optimizer), "stats": about.pop("stats")}
+        write_tensors(Path(about["settings"]["out"], f"state_{step:08d}.safetensors"), parts, about)
         prune(about["settings"])
-    # torchrun ends all processes when one ends: this one has saved.
+    # All wait: torchrun ends every process when one ends.
     barrier()
+
+
+def load_state(path, step, net, average, optimizer):
+    """Copy what save_state wrote back into network, average and optimizer."""
+    for p in net.parameters():
+        if p.requires_grad:
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    for part, tensors in contents(net, average, optimizer).items():
+        # Part by part, as memory may not hold them all.
+        saved = read_tensors(path, only=(part,))[0][part]
+        for name, x in tensors.items():
+            x.copy_(saved[name])
 
 
 def prune(settings):
     """Remove all states but the newest --keep and those at multiples of --keep-every."""
     for step, path in list(states_of(settings["out"]).items())[settings["keep"]:]:
         if not settings["keep_every"] or step % settings["keep_every"]:
-            try:
-                path.unlink()
-            except OSError as error:
-                say(f"warning: an old state stays: {error}")
+            path.unlink()
 
 
 def begin_run(about, net, average, optimizer):
@@ -1058,8 +1032,8 @@ def begin_run(about, net, average, optimizer):
 
     about: what states say beside their tensors, as load_network returns it; its "settings" are the flags and
     a sha256 of each input. Returns (step, seconds of training so far).
-    InputError: another process writes there, or there is other work, or anything else, or the newest state
-    cannot be read. Nothing has changed then."""
+    InputError: another process writes there; it holds other work, or anything else; its newest state cannot
+    be read. Nothing has changed then."""
     settings = about["settings"]
     out, step, seconds = Path(settings["out"]), 0, 0.0
     keep, save = settings["keep_every"], settings["save_every"]
@@ -1068,29 +1042,22 @@ def begin_run(about, net, average, optimizer):
     if is_first() and states_of(out):
         lock(out / ".lock")
     elif is_first():
-        start_folder(out, "run.json", {"settings": settings, **provenance()}, "settings", FREE)
+        start_folder(out, "run.json", {"settings": settings}, "settings", FREE)
     if states := states_of(out):
-        step, path = next(iter(states.items()))
-        before = {"settings": {}, "step": None, **read_tensors(path, only=())[1]}
-        refuse_other(path, {**before["settings"], "step": before["step"]}, {**settings, "step": step}, FREE)
-        for p in (p for p in net.parameters() if p.requires_grad):
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
-                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        for part, tensors in contents(net, average, optimizer).items():
-            # One by one: read once where memory does not hold all.
-            parts, *_ = read_tensors(path, only=(part,))
-            for name, x in tensors.items():
-                x.copy_(parts[part][name])
-        seconds, steps, init = before["seconds"], before["settings"]["steps"], before["settings"].get("init")
-        if init != settings.get("init"):
-            say(f"--init is not read any more: the run began from {init}")
-            settings["init"] = init
-        if steps != settings["steps"]:
-            say(f"--steps was {steps:,}: what changes over a run (--lr-final, --eta) now ends with it")
-    work = [step, *sorted((name, str(x)) for name, x in settings.items() if name not in FREE)]
-    work = int.from_bytes(hashlib.sha256(repr(work).encode()).digest()[:7], "big")
-    # The largest and the smallest are one where all are.
-    if all_reduce(torch.tensor([work, -work]), dist.ReduceOp.MAX).sum():
+        path = next(iter(states.values()))
+        saved = read_tensors(path, only=())[1]
+        before = saved.get("settings", {})
+        refuse_other(path, before, settings, FREE)
+        step, seconds = saved["step"], saved["seconds"]
+        load_state(path, step, net, average, optimizer)
+        if before.get("init") != settings.get("init"):
+            say(f"--init is not read any more: the run began from {before.get('init')}")
+            settings["init"] = before.get("init")
+        if before["steps"] != settings["steps"]:
+            say(f"--steps was {before['steps']:,}: what changes over a run (--lr-final, --eta) now ends with "
+                "the new one")
+    work = step, {name: x for name, x in settings.items() if name not in FREE}
+    if any(other != work for other in gather(work)):
         raise InputError(f"{out}: not all processes have the same state, flags and inputs: give all "
                          "the same, on a disk that they share")
     if is_first():
@@ -1098,22 +1065,16 @@ def begin_run(about, net, average, optimizer):
         for half in out.glob(".state_*.tmp"):     # of a writer that was killed
             half.unlink()
         prune(settings)
-    size, at = sum(p.numel() for p in net.parameters()) / 1e6, f", goes on at step {step:,}" if step else ""
-    steps, rows = settings["steps"], settings["batch_size"]
-    say(f"{out}: {size:,.1f} M parameters, {steps:,} steps of {rows:,} rows{at}")
-    if step >= steps:
-        say(f"{out} is at step {step:,} already: nothing to do (--steps goes further)")
-    elif about["kind"] in ("teacher", "student") and settings["ema"] ** steps > 0.5:
-        say(f"warning: by --ema {settings['ema']} the average of {steps:,} steps stays mostly the "
-            f"first weights: {max(0.0, 1 - 5 / steps):.4g} fits")
+    size, steps = sum(p.numel() for p in net.parameters()) / 1e6, settings["steps"]
+    say(f"{out}: {size:,.1f} M parameters, step {step:,} of {steps:,}, {settings['batch_size']:,} rows each")
+    if about["kind"] in ("teacher", "student") and settings["ema"] ** steps > 0.5:
+        say(f"warning: with --ema {settings['ema']} the average of {steps:,} steps is mostly the first "
+            f"weights: take {max(0.0, 1 - 5 / steps):.4g} or so")
     return step, seconds
 
 
 def provenance():
-    """What it takes to make a result again."""
-    import platform
-    import shlex
-    import subprocess
+    """What is needed to reproduce a result."""
     commit = ""
     with suppress(OSError):                       # no git here
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
@@ -1128,35 +1089,35 @@ class Log:
     """log.jsonl: means over micro-batches, processes and steps since the line before; a bar in a terminal."""
 
     def __init__(self, args, step, seconds):
-        self.args, self.step, self.seconds = args, step, seconds
-        self.numbers, self.norms, self.since = [], [], time.perf_counter()
+        self.args, self.seconds, self.numbers, self.since = args, seconds, {}, time.perf_counter()
         self.bar = tqdm(total=args.steps, initial=step, unit="step", disable=None if is_first() else True)
 
     def add(self, loss, numbers):
-        """Of a micro-batch: scalar tensors. Of mean squares, ms_NAME, the mean's root is logged, rms_NAME."""
-        self.numbers.append({"loss": loss.detach(), **numbers})
+        """Of a micro-batch: scalar tensors. A mean square ms_NAME is logged as rms_NAME, its mean's root."""
+        for name, x in {"loss": loss.detach(), **numbers}.items():
+            self.numbers.setdefault(name, []).append(x)
 
     def end_step(self, grad_norm):
-        self.norms.append(grad_norm)
+        self.numbers.setdefault("grad_norm", []).append(grad_norm)
         self.bar.update()
 
     def write(self, step, lr, **more):
         """Append a line. InputError, before anything is saved, where loss or gradient is not finite."""
-        names, norms, now = list(self.numbers[0]), torch.stack(self.norms), time.perf_counter()
-        means = [torch.stack([row[name] for row in self.numbers]).float().mean() for name in names]
-        *means, world = all_reduce(torch.stack([*means, torch.ones_like(means[0])])).tolist()
-        line = {"step": step}
-        for name, mean in zip(names, means, strict=True):
-            line |= {f"r{name}": math.sqrt(mean / world)} if name.startswith("ms_") else {name: mean / world}
-        rate = (step - self.step) / (now - self.since)
+        now, norms = time.perf_counter(), torch.stack(self.numbers["grad_norm"])
+        everyone = gather({name: torch.stack(x).float().mean().item() for name, x in self.numbers.items()})
+        line = {}
+        for name in self.numbers:
+            mean = sum(means[name] for means in everyone) / len(everyone)
+            line |= {f"r{name}": math.sqrt(mean)} if name.startswith("ms_") else {name: mean}
+        rate = len(norms) / (now - self.since)
         self.seconds += now - self.since
-        line |= {"grad_norm": norms.mean().item(), "grad_norm_max": norms.nan_to_num(0, 0).max().item(),
-                 "lr": lr, "samples_per_second": self.args.batch_size * rate, "seconds": self.seconds, **more}
+        line |= {"grad_norm_max": norms.nan_to_num(0, 0).max().item(), "lr": lr,
+                 "samples_per_second": self.args.batch_size * rate, "seconds": self.seconds, **more}
         if norms.is_cuda:
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if is_first():
             rounded = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in line.items()}
-            text = json.dumps({**rounded, "step": step})
+            text = json.dumps({"step": step, **rounded})
             with open(Path(self.args.out, "log.jsonl"), "a") as file:
                 file.write(text + "\n")
             self.bar.set_postfix(loss=line["loss"])
@@ -1165,14 +1126,14 @@ class Log:
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             raise InputError(f"loss or gradient is not finite at step {step}; not saved. Try a lower --lr or "
                              "--clip, or --precision fp32: the same command goes on from the last state")
-        self.step, self.since, self.numbers, self.norms = step, now, [], []
+        self.since, self.numbers = now, {}
 
 
 def read_log(out):
-    """The lines of a run's log.jsonl by step: of a step that was made again the last one."""
+    """The lines of a run's log.jsonl, in order of steps; of a step that was made again, the last."""
     lines, path = {}, Path(out, "log.jsonl")
     for text in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):                # cut by a kill; the next line then follows at once
+        with suppress(ValueError):                # a line that was cut; the next one follows on it
             line = json.loads(text[text.rindex('{"step"'):])
             lines[line["step"]] = line
     return [lines[step] for step in sorted(lines)]

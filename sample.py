@@ -10,15 +10,14 @@
     python sample.py runs/meanflow/state_00050000.safetensors           # from a state that training kept
     python sample.py runs/teacher --grid grid.png --labels 207          # a picture of 64 images, no more
 
-Noise and label of image i follow from the seed and i alone,
-whatever the batch size or the number of processes.
-The file is what the ADM evaluation suite reads: .npz, arr_0 uint8
-(N, H, W, 3), and arr_1 the labels; about.json in it says how it was made.
-Batches rest in files of their own until all are there,
-so that the same command, repeated, goes on.
+Noise and label of image i follow from the seed and i alone, not from batches or processes.
+The file is what the ADM evaluation suite reads, .npz with arr_0, uint8 (N, H, W, 3), and arr_1, the labels;
+its about.json says how it was made. Until all batches are there, each is in a file of its own: the same
+command, repeated, goes on.
 """
 import hashlib
 import json
+import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,7 +40,7 @@ def noise_and_labels(indices, seed, shape, num_classes, labels="equal"):
     """z_1 (B, C, H, W) and y (B,) of the images `indices`, on the CPU.
 
     labels: "equal", image i has class i mod num_classes; "random"; or a list, repeated.
-    The stream is one that numpy keeps frozen, with a key of 128 bits: torch's CPU generator has 32."""
+    By a generator that numpy keeps frozen, with a key of 128 bits: torch's on the CPU has 32."""
     def draw(i):
         digest = hashlib.sha256(repr((seed, "sample", i)).encode()).digest()
         key = int.from_bytes(digest[:16], "big")
@@ -60,7 +59,7 @@ def generate(net, z, y, nfe, solver="euler", shift=None, v=None):
     """Latents from noise z (B, C, H, W) and labels y (B,), in `nfe` evaluations of `net`.
 
     shift: a of a teacher's grid (None: default_time_shift).
-    v: a teacher's guided velocity in its place; it counts as one."""
+    v: a teacher's velocity with guidance, in place of its own; counts as one evaluation."""
     if net.r_embedder is not None:
         return long_jumps(net, z, y, [1 - i / nfe for i in range(nfe + 1)])
     times = ode_times(nfe if solver == "euler" else nfe // 2, shift or default_time_shift(net.shape))
@@ -68,7 +67,7 @@ def generate(net, z, y, nfe, solver="euler", shift=None, v=None):
 
 
 def to_uint8(images, truncate=False):
-    """(B, 3, H, W) in [0, 1], clipped -> (B, H, W, 3) uint8. The published code truncates."""
+    """(B, 3, H, W), clipped to [0, 1] -> (B, H, W, 3) uint8. The published code truncates."""
     images = images.clamp(0, 1) * 255
     images = images if truncate else images.round()
     return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -85,8 +84,8 @@ def read_about(path):
 
 
 def bundle(out, batches, shape, settings):
-    """The images of files `batches` as an uncompressed .npz; shape: (N, H, W, 3)."""
-    # A ZipInfo has no date: the same samples are the same file.
+    """Write the images in the files `batches`, (N, H, W, 3), as an uncompressed .npz."""
+    # A ZipInfo has no date: the same samples make the same file.
     arr_0, arr_1, about = map(zipfile.ZipInfo, ("arr_0.npy", "arr_1.npy", "about.json"))
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
@@ -97,7 +96,7 @@ def bundle(out, batches, shape, settings):
                 numpy.lib.format.write_array_header_1_0(stream, header)
                 for path in batches:
                     parts, said, _ = read_tensors(path)
-                    # Of several processes, one may have found another network.
+                    # Another process may have read another network.
                     refuse_other(path.parent, said, settings)
                     batch = parts[""]
                     stream.write(batch["images"].numpy())
@@ -112,7 +111,7 @@ def draw_grid(path, images, labels, classes):
     """A PNG of images (N, H, W, 3), each under its class name."""
     columns, caption = len(classes) if len(classes) <= 16 else 8, 12
     cell = images.shape[1] * max(1, 96 // images.shape[1])
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * cell, rows * (cell + caption)), "white")
     pen = ImageDraw.Draw(grid)
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -166,20 +165,19 @@ def main(argv=None):
     args = parse_args(argv)
     device, rank, world = launch(hours=24)
 
-    # Network, decoder and statistics, which fit together
+    # Network, decoder and statistics that fit together
     net, about = load_network(args.network)
     decoder, of_decoder = load_decoder(args.decoder)
     if net.shape != decoder.shape:
         raise InputError(f"the network makes latents {net.shape}, the decoder takes {decoder.shape}: give "
                          "the --decoder of its encoder (sanity/train_decoder.py makes one)")
-    made_by = [of["encoder"]["identity"] for of in (about.get("latents", {}), of_decoder) if "encoder" in of]
+    sources = about.get("latents") or {}, of_decoder
+    made_by = [source["encoder"]["identity"] for source in sources if "encoder" in source]
     if len({identity["sha256"] for identity in made_by if "sha256" in identity}) > 1:
         raise InputError(f"{args.decoder} decodes another encoder's latents than {args.network} makes")
-    if made_by and "image_norm" not in of_decoder:                     # a published .pt does not know its own
+    if made_by and "image_norm" not in of_decoder:                     # as in a published .pt
         decoder.image_norm = made_by[0].get("image_norm", decoder.image_norm)
-    stats = about["stats"] or of_decoder["stats"]
-    if args.stats:
-        stats = load_stats(args.stats, net.shape)
+    stats = load_stats(args.stats, net.shape) if args.stats else about["stats"] or of_decoder["stats"]
     if stats is None:
         raise InputError(f"{args.network} brings no latent statistics: give --stats")
     net, decoder = net.to(device).eval(), decoder.to(device).eval()
@@ -216,19 +214,18 @@ def main(argv=None):
         images, labels = (torch.cat([batch[name] for batch in made])[:shown] for name in ("images", "labels"))
         draw_grid(args.grid, images.numpy(), labels.tolist(), classes)
     if picture_alone:
-        return show(count) if is_first() else None
+        if is_first():
+            show(count)
+        return
 
-    # Every process makes its share of the batches that are missing; the first one bundles them
-    *_, run, name = Path(args.network).absolute().parts
-    name = f"{run}_{name}" if name.startswith("state_") else name
-    name = name.removesuffix(".pt").removesuffix(".safetensors")
+    # Every process makes its share of the missing batches; the first one bundles them
+    name = Path(args.network).absolute().name.removesuffix(".pt").removesuffix(".safetensors")
     out = Path(args.out or f"samples/{name}_{args.nfe}.npz")
     parts = out.with_name(f"{out.name}.parts")
     files = [parts / f"{k:06d}.safetensors" for k in range(len(batches))]
-    # Inputs are known by what lies at their paths.
-    paths = ("network", "decoder", "weak_teacher", "stats", "out", "grid")
-    settings = {flag: x for flag, x in vars(args).items() if flag not in (*paths, "compile")}
-    settings |= {
+    # Inputs are known by their contents, not by their paths.
+    left_out = ("network", "decoder", "weak_teacher", "stats", "out", "grid", "compile")
+    settings = {flag: x for flag, x in vars(args).items() if flag not in left_out} | {
         "sha256 of network": about["sha256"], "sha256 of weak teacher": weak,
         "sha256 of decoder": of_decoder["sha256"], "sha256 of stats": digest_of(stats)}
     if is_first():
@@ -253,7 +250,7 @@ def main(argv=None):
     if is_first():
         for path in files:
             path.unlink(missing_ok=True)
-        with suppress(OSError):                   # something of the user's is in it
+        with suppress(OSError):                   # files of the user's are in it
             parts.rmdir()
         say(f"{out}: {count:,} images")
         if args.grid:

@@ -192,7 +192,7 @@ def test_a_training_state():
     for step in (40, 50):
         ema = save(f"{step}", "student", step)
         parts = {"net": {name: x + 1 for name, x in ema.items()}, "ema": ema, "stats": STATS}
-        model.write_tensors(f"run/state_000000{step}.safetensors", parts, {"time_shift": 3.0, "step": step})
+        model.write_tensors(f"run/state_000000{step}.safetensors", parts, {"time_shift": 3.0, "step": step, "latents": None})
     for source, step in (("run", 50), ("run/state_00000040.safetensors", 40)):
         assert numpy.array_equal(run(source, f"{step}-run.npz")[0], run(f"{step}", f"{step}.npz")[0])
 
