@@ -107,6 +107,16 @@ class FourierEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
+class LabelEmbedding(nn.Module):
+    def __init__(self, num_classes, width):
+        super().__init__()
+        # The last row is "no label".
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
 class TokenEmbedding(nn.Module):
     """A 1x1 convolution, (B, C, G, G) -> (B, N, d), as a product: cuDNN's convolutions would use TF32."""
 
@@ -254,8 +264,7 @@ class DiTDH(nn.Module):
         self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()
         self.t_embedder = FourierEmbedding(width)
         self.r_embedder = FourierEmbedding(width) if time_difference else None
-        # The last row is "no label".
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
+        self.y_embedder = LabelEmbedding(num_classes, width)
         self.enc_feat_rope = Rotary(width // num_heads[0], input_size)
         self.dec_feat_rope = Rotary(head_width // num_heads[1], input_size)
         towers = [(width, num_heads[0])] * depth[0] + [(head_width, num_heads[1])] * depth[1]
@@ -288,7 +297,7 @@ class DiTDH(nn.Module):
         #   e = embed_times(t, s); x = blocks(s_embedder(z) + pos_embed, silu(e + y_embedder(y)))
         #   q = s_projector(silu(e + x)); return final_layer(head_blocks(x_embedder(z), q), q)
         e_t = self.run(self.embed_times, t, s)
-        c = self.run(lambda e_t, y: F.silu(e_t + self.y_embedder.embedding_table(y))[:, None], e_t, y)
+        c = self.run(lambda e_t, y: F.silu(e_t + self.y_embedder(y))[:, None], e_t, y)
         x = self.run(lambda z: self.s_embedder(z) + self.pos_embed, z)
         for block in self.blocks[:self.depth[0]]:
             x = self.run(block, x, c, self.enc_feat_rope, attention)

@@ -61,7 +61,7 @@ def test_published_ingredients(monkeypatch):
     assert net.r_embedder.mlp[2].weight.std() > 0
     published.drop_labels()
     seen = []
-    net.y_embedder.embedding_table.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0] == 3))
+    net.y_embedder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0] == 3))
     for t in (0.7, 0.71):
         y = torch.ones(2000, dtype=torch.long)
         net(torch.zeros(2000, 4, 2, 2), torch.full((2000,), t), y, torch.zeros(2000))
