@@ -12,7 +12,7 @@ import torch
 import encode_latents
 import model
 import train_cmt
-from docs.experiments import meaning, published, run, semantic
+from docs.experiments import meaning, objects, published, run, semantic
 from sanity import synthetic
 
 NUMBERS = run.ROOT / "docs/experiments/numbers"
@@ -42,6 +42,7 @@ def test_commands(letter):
 
 
 def test_commands_of_photographs():
+    assert set(objects.FILES.values()) < set(parsed(objects.TRAINING + objects.SAMPLING))
     for arm in meaning.ENCODERS:
         groups, rows = meaning.plan(arm, meaning.RATES[1])
         lines = dict.fromkeys(line for chains in groups for chain in chains for line in chain)
