@@ -388,14 +388,14 @@ def test_links_and_what_is_left_out(tmp_path, capsys):
     (data / "b/gone.png").symlink_to("nowhere.png")
     (data / "a/far.png").symlink_to(store / "deep/4.png")
     (data / "c").symlink_to(store)
-    for name in ("1.HEIC", "2.heic", "read me.txt"):
+    for name in ("1.HEIC", "2.heic", "3.heic", "read me.txt"):
         (data / "a" / name).write_text("")
     os.mkfifo(data / "a/pipe.png")
     dot(data / "latents/0.png")
     (data / "latents/latents.json").touch()
     images = Images(data, 8)
     assert images.paths == ["a/1.png", "a/far.png", "b/2.png", "b/shots.png/3.png", "c/deep/4.png"]
-    assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 2 .png (no file), 2 .heic, 1 .txt" in capsys.readouterr().out
+    assert images.labels.tolist() == [0, 0, 1, 1, 2] and "left out: 3 .heic, 2 .png (no file), 1 .txt" in capsys.readouterr().out
 
 
 # ---- The command ----
