@@ -5,8 +5,8 @@
     python docs/experiments/objects.py --wheels lite              # two cores, two hours; a second call goes on
 
 EfficientNet-Lite0 knows ImageNet's classes; its block 10 at 128 px gives 112 x 8 x 8. All else is as in
-photographs.sh, but for the decoder's loss, L1 alone, the time shift, 3 for 2 (as latents have 2.3 times the
-numbers: sqrt), and MFD's steps, 5,000 for 6,000.
+photographs.sh, but for the time shift, 3 for 2 (latents have 2.3 times the numbers, of which it goes with the
+root), MFD's steps, 4,000 for 6,000, and 2,000 images a row, as these are kept out.
 """
 import os
 import sys
@@ -21,13 +21,14 @@ from docs.experiments.meaning import CPU, DATA, Judge
 from docs.experiments.run import ROOT, call, markdown
 from encode_latents import Images, encode
 from model import ArgumentParser, command, digest_of, generator, load_decoder, location, provenance, read_log, write_json
+from sanity import train_decoder
 from sanity.report import decode, draw_picture, likeness
 
 AT = Path("runs/experiments/m")
 TWO = "-m torch.distributed.run --nproc_per_node=2"
 COMMON = "--seed 0 --log-every 200 --save-every 500 --keep 1 --preset DiTDH-mini"
 WEIGHT = "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
-HEUN = "--nfe 40 --solver heun --num-samples 2000"
+HEUN = "--nfe 40 --solver heun"
 ROWS = {                                          # row: run, flags of sample.py
     "teacher 50": ("teacher", "--nfe 50"), "teacher 40 Heun": ("teacher", HEUN),
     "teacher 40 Heun, w = 1.5": ("teacher", f"{HEUN} --guidance 1.5"),
@@ -36,11 +37,16 @@ ROWS = {                                          # row: run, flags of sample.py
     "MFD 1": ("mfd", "--nfe 1"), "MFD 2": ("mfd", "--nfe 2")}
 
 
-def encoder_of(wheels):
-    net = Lite("lite0", wheels)
-    net._blocks = net._blocks[:11]
-    net.shape, net.digest = (112, 8, 8), digest_of(net.state_dict())
-    return net
+class Middle(Lite):
+    """uint8, or float in [0, 1], (B, 3, S, S) -> block 10's output (B, 112, 8, 8)."""
+
+    def __init__(self, wheels):
+        super().__init__("lite0", wheels)
+        self._blocks = self._blocks[:11]
+        self.shape, self.digest = (112, 8, 8), digest_of(self.state_dict())
+
+    def forward(self, images):
+        return super().forward(images * 255 if images.is_floating_point() else images)
 
 
 def samples(row):
@@ -49,17 +55,15 @@ def samples(row):
 
 def plan():
     common, steps = COMMON.replace(" --preset DiTDH-mini", ""), "--batch-size 32"
-    yield (f"sanity/train_decoder.py --data-path {DATA}/train.zip --latents {AT}/latents --out {AT}/decoder "
-           "--noise 0.5 --feature-weight 0 --steps 2000")
     yield (f"{TWO} train_teacher.py --latents {AT}/latents --out {AT}/teacher --time-shift 3 --steps 20000 "
            f"{steps} --lr 2e-3 --lr-final 2e-5 --decay-from 0.4 --ema 0.9995 {COMMON}")
     yield (f"{TWO} train_cmt.py --teacher {AT}/teacher --out {AT}/cmt --steps 1000 {steps} --pairs 16 "
            f"--lr 1e-3 --lr-final 5e-5 --ema 0.995 {common}")
     yield (f"{TWO} train_meanflow.py --latents {AT}/latents --teacher {AT}/teacher --init {AT}/cmt "
-           f"--out {AT}/mfd --steps 5000 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 "
+           f"--out {AT}/mfd --steps 4000 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 "
            f"--ema 0.998 {WEIGHT} {common}")
     for row, (run, flags) in ROWS.items():
-        yield (f"{TWO} sample.py {AT}/{run} --decoder {AT}/decoder --num-samples 5000 "
+        yield (f"{TWO} sample.py {AT}/{run} --decoder {AT}/decoder --num-samples 2000 "
                f"--batch-size 250 {flags} --out {samples(row)}")
 
 
@@ -68,8 +72,12 @@ def main():
     parser.add_argument("--wheels", type=location, default="lite", help="the folder that holds the wheel")
     args = parser.parse_args()
     os.chdir(ROOT)
-    encoder, train = encoder_of(args.wheels), Images(f"{DATA}/train.zip", 32)
+    encoder, train = Middle(args.wheels), Images(f"{DATA}/train.zip", 32)
     encode(train, encoder, AT / "latents", flips=True, batch_size=50, workers=0)
+    # No --encoder names this one.
+    train_decoder.encoder_of = lambda folder: encoder
+    train_decoder.main(f"--data-path {DATA}/train.zip --latents {AT}/latents --out {AT}/decoder --noise 0.5 "
+                       "--steps 2000".split())
     call(plan(), AT / "log.txt")
 
     judge, decoder = Judge(), load_decoder(AT / "decoder")[0].eval()
