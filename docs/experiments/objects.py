@@ -6,7 +6,8 @@
 
 EfficientNet-Lite0 knows ImageNet's classes; its block 10 at 128 px gives 112 x 8 x 8. All else is as in
 photographs.sh, but for the time shift, 3 for 2 (latents have 2.3 times the numbers, of which it goes with the
-root), MFD's steps, 4,000 for 6,000, and 2,000 images a row, as these are kept out.
+root), MFD's steps, 2,500 for 6,000, and 2,000 images a row, as these are kept out. MFD then goes on with the
+teacher guided by w = 2.
 """
 import os
 import sys
@@ -34,7 +35,8 @@ ROWS = {                                          # row: run, flags of sample.py
     "teacher 40 Heun, w = 1.5": ("teacher", f"{HEUN} --guidance 1.5"),
     "teacher 40 Heun, w = 2": ("teacher", f"{HEUN} --guidance 2"),
     "teacher 1": ("teacher", "--nfe 1"), "CMT 1": ("cmt", "--nfe 1"),
-    "MFD 1": ("mfd", "--nfe 1"), "MFD 2": ("mfd", "--nfe 2")}
+    "MFD 1": ("mfd", "--nfe 1"), "MFD 2": ("mfd", "--nfe 2"),
+    "MFD 1, w = 2": ("guided", "--nfe 1"), "MFD 2, w = 2": ("guided", "--nfe 2")}
 
 
 class Middle(Lite):
@@ -60,8 +62,11 @@ def plan():
     yield (f"{TWO} train_cmt.py --teacher {AT}/teacher --out {AT}/cmt --steps 1000 {steps} --pairs 16 "
            f"--lr 1e-3 --lr-final 5e-5 --ema 0.995 {common}")
     yield (f"{TWO} train_meanflow.py --latents {AT}/latents --teacher {AT}/teacher --init {AT}/cmt "
-           f"--out {AT}/mfd --steps 4000 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 "
+           f"--out {AT}/mfd --steps 2500 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 "
            f"--ema 0.998 {WEIGHT} {common}")
+    yield (f"{TWO} train_meanflow.py --latents {AT}/latents --teacher {AT}/teacher --init {AT}/mfd --guidance 2 "
+           f"--out {AT}/guided --steps 1200 --batch-size 64 --lr 2e-4 --lr-final 1e-5 --decay-from 0.3 "
+           f"--ema 0.99 {WEIGHT} {common}")
     for row, (run, flags) in ROWS.items():
         yield (f"{TWO} sample.py {AT}/{run} --decoder {AT}/decoder --num-samples 2000 "
                f"--batch-size 250 {flags} --out {samples(row)}")
