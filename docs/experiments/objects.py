@@ -29,11 +29,8 @@ AT = Path("runs/experiments/m")
 TWO = "-m torch.distributed.run --nproc_per_node=2"
 COMMON = "--seed 0 --log-every 200 --save-every 500 --keep 1 --preset DiTDH-mini"
 WEIGHT = "--loss-form mean --loss-power 0.5 --loss-eps 0.1 --derivative fd"
-HEUN = "--nfe 40 --solver heun"
 ROWS = {                                          # row: run, flags of sample.py
-    "teacher 50": ("teacher", "--nfe 50"), "teacher 40 Heun": ("teacher", HEUN),
-    "teacher 40 Heun, w = 1.5": ("teacher", f"{HEUN} --guidance 1.5"),
-    "teacher 1": ("teacher", "--nfe 1"), "CMT 1": ("cmt", "--nfe 1"),
+    "teacher 50": ("teacher", "--nfe 50"), "teacher 40 Heun": ("teacher", "--nfe 40 --solver heun"), "teacher 1": ("teacher", "--nfe 1"), "CMT 1": ("cmt", "--nfe 1"),
     "MFD 1": ("mfd", "--nfe 1"), "MFD 2": ("mfd", "--nfe 2"),
     "MFD 1, w = 2": ("guided", "--nfe 1"), "MFD 2, w = 2": ("guided", "--nfe 2")}
 
@@ -64,7 +61,7 @@ def plan():
            f"--out {AT}/mfd --steps 2500 --batch-size 64 --lr 4e-4 --lr-final 1e-5 --decay-from 0.3 "
            f"--ema 0.998 {WEIGHT} {common}")
     yield (f"{TWO} train_meanflow.py --latents {AT}/latents --teacher {AT}/teacher --init {AT}/mfd --guidance 2 "
-           f"--out {AT}/guided --steps 800 --batch-size 64 --lr 2e-4 --lr-final 1e-5 --decay-from 0.3 "
+           f"--out {AT}/guided --steps 500 --batch-size 64 --lr 2e-4 --lr-final 1e-5 --decay-from 0.3 "
            f"--ema 0.99 {WEIGHT} {common}")
     for row, (run, flags) in ROWS.items():
         yield (f"{TWO} sample.py {AT}/{run} --decoder {AT}/decoder --num-samples 2000 "
